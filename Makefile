@@ -20,10 +20,13 @@ DATA ?=
 ARGS ?=
 
 BIN := $(VENV)/bin
+# The folders with tests marked `compile` or `interpret`: collecting the others takes longer.
+KERNEL_TESTS := tests/compile tests/pallas_kernels tests/models
 SOURCES := qlora_jax pallas_kernels convert scripts docs/tooling tests
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test unit lint types format docs peer compile fuzz bench gpu clean
+.PHONY: help demo test unit lint types format docs peer compile compile-types \
+  compile-tests fuzz bench gpu clean
 
 define CHECK_PYTHON
 $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -102,14 +105,18 @@ $(VENV_GPU)/.installed: pyproject.toml
 
 # The kernels want jax 0.11, so Python 3.12:  make compile PYTHON=python3.12
 # Types are checked as well: those of the newest jax differ.
-compile: $(VENV_GPU)/.installed
-	$(VENV_GPU)/bin/pyright --pythonpath $(VENV_GPU)/bin/python
-	$(VENV_GPU)/bin/python -m pytest tests -n $(JOBS) --dist loadfile \
-	  -m "compile or interpret" $(ARGS)
+compile: compile-types compile-tests
 
-# 20,000 damaged files of every kind; the tests try 1,000.
+compile-types: $(VENV_GPU)/.installed
+	$(VENV_GPU)/bin/pyright --pythonpath $(VENV_GPU)/bin/python
+
+compile-tests: $(VENV_GPU)/.installed
+	$(VENV_GPU)/bin/python -m pytest $(KERNEL_TESTS) -n $(JOBS) --dist loadfile \
+	  --no-loadscope-reorder -m "compile or interpret" $(ARGS)
+
+# 20,000 damaged files of every kind, of which the tests try 1,000, and 50 killed processes.
 fuzz: $(VENV)/.installed
-	$(BIN)/python -m pytest tests/test_fuzz.py -m fuzz $(ARGS)
+	$(BIN)/python -m pytest tests/test_fuzz.py tests/scripts/test_kill_runs.py -m fuzz $(ARGS)
 
 bench: $(VENV)/.installed $(VENV_PEER)/.installed
 	$(BIN)/python scripts/bench cpu compare --peer-python $(VENV_PEER)/bin/python $(ARGS)

@@ -188,7 +188,7 @@ def _describe(name: HubName) -> tuple[str, dict[str, int]]:
     Raises:
       ConnectionError: the answer is no description of a repository.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HFValidationError,
@@ -198,7 +198,10 @@ def _describe(name: HubName) -> tuple[str, dict[str, int]]:
     known = (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, *_transport())
     try:
         info = HfApi().model_info(
-            name.repo_id, revision=name.revision, files_metadata=True, timeout=10
+            name.repo_id,
+            revision=name.revision,
+            files_metadata=True,
+            timeout=constants.HF_HUB_ETAG_TIMEOUT,
         )
     except known:
         raise
@@ -455,14 +458,15 @@ def check_push(name: str, *, private: bool = True) -> None:
       CheckpointError: no token, no permission, or no connection.
     """
     check_repository_name(name)
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HFValidationError
 
     try:
         with _hub_errors(HubName(name), writes=True):
             api = HfApi()
             api.create_repo(name, private=private, exist_ok=True)
-            is_private = api.model_info(name, timeout=10).private
+            timeout = constants.HF_HUB_ETAG_TIMEOUT
+            is_private = api.model_info(name, timeout=timeout).private
     except HFValidationError as error:
         raise UserError(f"{name!r} is no name of a repository: {error}") from error
     if private and not is_private:

@@ -3,14 +3,15 @@
     python scripts/gpu_check.py                      # all parts, 10 minutes at most
     python scripts/gpu_check.py --list
     python scripts/gpu_check.py --part tests --part kernels --budget 300
-    python scripts/gpu_check.py --dry-run            # on any machine, narrow models
+    python scripts/gpu_check.py --dry-run            # all parts, narrow, on any machine
     python scripts/gpu_check.py --model path/to/hf-llama --peer-python python3
 
 Training and decoding of models with random weights of real models' sizes, with the
 kernels "xla" and "pallas" (`bench_gpu model`); attention (`bench_gpu attention`); the
 kernels (`bench_gpu kernels`); with `--model` a short training of that checkpoint; with
-`--peer-python` transformers and bitsandbytes too (peer.py); the tests marked `gpu`. The
-most important part comes first.
+`--peer-python` training and generation by transformers, PEFT and bitsandbytes too, and
+training by Unsloth if it is there (scripts/peer); the tests marked `gpu`. The most
+important part comes first.
 
 Each part is a separate process with a time limit: one that fails, hangs or takes the
 device down is reported, and the others still run. What no longer fits into `--budget`
@@ -76,16 +77,27 @@ def gpu_tests() -> list[str]:
 
 def list_parts(args: argparse.Namespace) -> list[Part]:
     """Lists the parts, the most important first."""
-    parts = [train_part(args, "xla", remat) for remat in ("save_matmuls", "full")]
-    packed = ("--packed", "--attention", "pallas")
-    parts.append(
-        train_part(args, "xla", "save_matmuls", *packed, name="packed pallas attention")
-    )
+    # "none" and "save_matmuls" have a program for each layer, unless it is a loop.
+    fused, loop = ("--norms", "fused"), ("--scan-layers", "true")
+    packed = (*loop, "--packed", "--attention", "pallas")
     recipe = ("--size", "qwen3-8b", "--accumulation", "4", "--packed")
     recipe += ("--optimizer", "adamw_8bit", "--steps", "8")
-    parts.append(
-        train_part(args, "xla", "auto", *recipe, batch=2, name="qwen3-8b recipe")
-    )
+    parts = [
+        train_part(args, "xla", "none"),
+        train_part(args, "xla", "none", *fused, name="none fused norms"),
+        train_part(args, "xla", "full"),
+        train_part(args, "xla", "auto", *recipe, batch=2, name="qwen3-8b recipe"),
+    ]
+    if args.peer_python and args.size == "8b":
+        parts += [
+            peer_part(args, name, by, "train", "--by", by, *options)
+            for name, (_, by, options) in PEERS.items()
+        ]
+    parts += [
+        train_part(args, "xla", "save_matmuls"),
+        train_part(args, "xla", "save_matmuls", *loop, name="save_matmuls loop"),
+        train_part(args, "xla", "save_matmuls", *packed, name="packed attention"),
+    ]
     for size in ("qwen3-0.6b", "qwen3-1.7b"):
         parts.append(train_part(args, "xla", "auto", "--size", size, name=size))
     parts += [attention_part(args), kernels_part(args)]
@@ -101,15 +113,9 @@ def list_parts(args: argparse.Namespace) -> list[Part]:
     parts.append(long_row_part(args, 131072, "full", steps=2, limit=300))
     parts.append(long_row_part(args, 262144, "offload", steps=1, limit=500))
     if args.peer_python and args.size == "8b":
-        peer = (args.peer_python, str(SCRIPTS / "peer.py"), "gpu", "decode")
         parts += [
-            Part(
-                f"decode {batch} transformers",
-                (*peer, "--batch", str(batch)),
-                150,
-                "the same generation by transformers + PEFT + bitsandbytes",
-            )
-            for batch in (1, 16)
+            peer_part(args, f"decode {n} {_HF}", _HF, "decode", "--batch", str(n))
+            for n in (1, 16)
         ]
     tests = (sys.executable, "-m", "pytest", *gpu_tests(), "-m", "gpu", "-q", "-rf")
     tests += ("-p", "no:cacheprovider")
@@ -119,6 +125,29 @@ def list_parts(args: argparse.Namespace) -> list[Part]:
 def bench_gpu(*arguments: str) -> tuple[str, ...]:
     """Returns the command line of scripts/bench_gpu."""
     return (sys.executable, str(SCRIPTS / "bench_gpu"), *arguments)
+
+
+def peer_part(args: argparse.Namespace, name: str, by: str, *options: str) -> Part:
+    """Returns a part that another library computes on the GPU."""
+    command = (args.peer_python, str(SCRIPTS / "peer"), "gpu", *options)
+    return Part(name, command, 200, f"the same by {by}")
+
+
+# Parts of the peer -> the part of ours that does the same, the library, and options.
+# Unsloth recomputes in a way of its own.
+_HF, _AGAIN = "transformers", ("--gradient-checkpointing", "1")
+_RECIPE = ("--size", "qwen3-8b", "--batch", "2", "--accumulation", "4", *_AGAIN)
+PEERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "train none transformers": ("train none xla", _HF, ()),
+    "train full transformers": ("train full xla", _HF, _AGAIN),
+    "train qwen3-8b transformers": (
+        "train qwen3-8b recipe",
+        _HF,
+        (*_RECIPE, "--optimizer", "adamw_8bit", "--steps", "5"),
+    ),
+    "train none unsloth": ("train none xla", "unsloth", ()),
+    "train full unsloth": ("train full xla", "unsloth", _AGAIN),
+}
 
 
 def _table_options(args: argparse.Namespace) -> tuple[str, ...]:
@@ -166,10 +195,12 @@ def train_part(
     """Returns a part that trains on short rows."""
     chosen = ("--size", args.size, "--kernels", kernels, "--remat", remat)
     chosen += ("--batch", str(batch), *options)  # the last of an option counts
+    # A program for each layer takes a minute to compile, and more to tune.
+    unrolled = remat != "full" and "--scan-layers" not in options
     return Part(
         f"train {name or f'{remat} {kernels}'}",
         bench_gpu("model", "train", *chosen),
-        150,
+        300 if unrolled else 150,
         f"training steps, batch {batch} x 2,048 tokens {' '.join(options)}".rstrip(),
     )
 
@@ -209,11 +240,13 @@ def child_environment() -> dict[str, str]:
 
 
 def dry_run(command: Sequence[str], seconds: float) -> tuple[int | None, str]:
-    """Runs `bench_gpu model` on a narrow model and any device; see `run_child`."""
+    """Runs a part on narrow models and any device; see `run_child`."""
     environment = {**child_environment(), "JAX_PLATFORMS": ""}
     environment |= {k: v for k, v in os.environ.items() if k == "JAX_PLATFORMS"}
     del environment["JAX_COMPILATION_CACHE_DIR"]
-    return run_child([*command, "--dry-run"], seconds, environment)
+    # The tests have no narrow form: what is shown is that they can be collected.
+    option = "--collect-only" if "pytest" in command else "--dry-run"
+    return run_child([*command, option], seconds, environment)
 
 
 def run_child(
@@ -366,7 +399,9 @@ def table(result: dict[str, Any]) -> str:
     }
     lines += _decode_lines({k: v for k, v in measured.items() if k[:6] == "decode"})
     training = {k: v for k, v in measured.items() if k[:5] == "train"}
-    lines += _train_lines(training, ceiling.get("matmul_tflop_s"))
+    ours = {k: v for k, v in training.items() if k not in PEERS}
+    lines += _train_lines(ours, ceiling.get("matmul_tflop_s"))
+    lines += _peer_lines(training)
     reasons = {
         name: (record.get("result") or {}).get("unavailable") or record["tail"][-600:]
         for name, record in records.items()
@@ -431,8 +466,7 @@ def _train_lines(results: Mapping[str, Any], product: float | None) -> list[str]
         rate = result["tokens_per_s"] * result["flops_per_token"] / 1e12
         share = f"{rate / product:.0%}" if product else ""
         mfu = "" if result["mfu"] is None else f"{result['mfu']:.1%}"
-        peak = result["peak_bytes"]
-        peak = "" if peak is None else f"{peak / 1e9:.1f}"
+        peak = _gigabytes(result)
         losses = result["losses"]
         lines.append(
             f"| {name.removeprefix('train ')} | {result['tokens_per_s']:,.0f} "
@@ -441,6 +475,25 @@ def _train_lines(results: Mapping[str, Any], product: float | None) -> list[str]
             f"| {losses[0]:.3f} to {losses[-1]:.3f} |"
         )
     return lines
+
+
+def _peer_lines(results: Mapping[str, Any]) -> list[str]:
+    """Returns a line for each measured peer: its speed, and ours over it."""
+    lines = []
+    for name in results.keys() & PEERS.keys():
+        theirs, ours = results[name], PEERS[name][0]
+        line = f"- {name[6:]}: {theirs['tokens_per_s']:,.0f} tokens/s"
+        line += f", peak {_gigabytes(theirs)} GB"
+        if mine := results.get(ours):
+            ratio = mine["tokens_per_s"] / theirs["tokens_per_s"]
+            line += f"; ours ({ours[6:]}) {ratio:.2f} times that"
+        lines.append(line)
+    return ["", "The same training by PyTorch:", "", *sorted(lines)] if lines else []
+
+
+def _gigabytes(result: Mapping[str, Any]) -> str:
+    peak = result["peak_bytes"]
+    return "" if peak is None else f"{peak / 1e9:.1f}"
 
 
 # --- The command line ---
@@ -459,7 +512,7 @@ def parser() -> argparse.ArgumentParser:
         help="may be repeated; the results of other parts are kept",
     )
     p.add_argument(
-        "--dry-run", action="store_true", help="narrow models on any device, no files"
+        "--dry-run", action="store_true", help="all parts, narrow, on any device"
     )
     p.add_argument("--budget", type=float, default=570, help="seconds for everything")
     p.add_argument("--size", default="8b", help="model sizes: 1b, 3b, 8b or 70b")
@@ -499,11 +552,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         todo = [part for part in todo if part.name in args.only]
     if args.dry_run:
         records: dict[str, Any] = {}
-        # Kernels, attention, the tests and the peers need the device.
-        for part in todo:
-            if "model" not in part.command:
-                print(f"{part.name}: needs a GPU")
-        todo = [part for part in todo if "model" in part.command]
         Runner(dry_run, say=partial(print, flush=True)).run(todo, records, 1e9)
         result = {"device": "dry run", "machine": {}, "parts": records}
         print(table(result))

@@ -74,11 +74,32 @@ def test_a_cell_that_fails_is_named(runner, tmp_path, capsys):
     assert "line 20" in capsys.readouterr().err
 
 
+def test_a_quick_run_trains_for_a_fifth_of_the_steps(runner, repository, capsys):
+    shorten = runner["shorten"]
+    for code, shorter in (
+        ("qj.TrainConfig(steps=120, warmup_steps=10,", "steps=24, warmup_steps=10,"),
+        ('"--output", work,\n"--steps", "400"]', '"--steps", "80"]'),
+        ("STEPS, ROWS = 70, 16", "STEPS, ROWS = 14, 16"),
+        ('stage("both", QUESTIONS, 80, 3e-3)', "QUESTIONS, 16, 3e-3)"),
+    ):
+        assert shorten(code).endswith(shorter)
+    # Every notebook that trains writes its steps in one of these forms.
+    for file in (repository / "notebooks").glob("[0-9]*.py"):
+        code = file.read_text()
+        assert (shorten(code) != code) == ("TrainConfig" in code)
+    assert runner["main"](runner["Args"](quick=True)) == 1
+    assert "`--quick` needs `--check`" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_notebooks_run(repository, optimized, tmp_path):
-    """All of them, in another process; the folder stays as it is."""
+    """All of them, in another process; the folder stays as it is.
+
+    With a fifth of the training steps, which are most of the time: `--check` alone runs
+    them all.
+    """
     before = {file.name for file in (repository / "notebooks").iterdir()}
-    command = [sys.executable, "docs/tooling/run_notebooks.py", "--check"]
+    command = [sys.executable, "docs/tooling/run_notebooks.py", "--check", "--quick"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=repository)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(" figures, ") == 5

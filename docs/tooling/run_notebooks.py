@@ -3,6 +3,7 @@
     python docs/tooling/run_notebooks.py            # all; writes notebooks/*.ipynb
     python docs/tooling/run_notebooks.py --only 05  # those with this prefix
     python docs/tooling/run_notebooks.py --check    # writes nothing
+    python docs/tooling/run_notebooks.py --check --quick  # a fifth of the steps
 
 The source of a notebook is a Python file in notebooks/: cells begin with `# %%`,
 Markdown cells with `# %% [markdown]`, so that diffs are readable and an editor can run
@@ -14,7 +15,8 @@ the folder `work` of the notebooks is not created in the repository. Later noteb
 reuse what earlier ones made there; each makes it when it runs by itself.
 
 `--check` exits with status 1 if a cell fails or an .ipynb has other cells than its
-source; `--figures DIR` also writes every figure as a PNG.
+source; with `--quick` the cells run with a fifth of the training steps that they name,
+as the tests run them. `--figures DIR` also writes every figure as a PNG.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ import sys
 import tempfile
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,12 @@ import tyro
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = ROOT / "notebooks"
 DPI = 80
+# A number of training steps, as the notebooks write it: an option of a script, a
+# keyword, a constant, or the third argument of `stage`.
+STEPS = re.compile(
+    r'("--steps", "|\bsteps=|^STEPS\b.*? = |^stage\(.*?, .*?, )(\d+)', re.M
+)
+QUICK = 5
 
 
 @dataclass
@@ -54,6 +62,8 @@ class Args:
     """Prefixes of file names (`01`); default: all."""
     check: bool = False
     """Write nothing; fail if a notebook has other cells than its source."""
+    quick: bool = False
+    """Train for a fifth of the steps; with `--check` only."""
     figures: Path | None = None
     """Directory for every figure as a PNG."""
     times: bool = False
@@ -116,6 +126,11 @@ def notebook(cells: list[Cell], outputs: list[list[dict[str, Any]]]) -> str:
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
+def shorten(code: str) -> str:
+    """Divides the numbers of training steps in a cell by `QUICK`."""
+    return STEPS.sub(lambda match: f"{match[1]}{int(match[2]) // QUICK}", code)
+
+
 def run_cell(
     cell: Cell, file: Path, namespace: dict[str, Any], figures: list[bytes]
 ) -> list[dict[str, Any]]:
@@ -171,8 +186,15 @@ def run_cell(
     return outputs
 
 
-def run_notebook(file: Path, times: bool) -> tuple[list[Cell], list[Any], list[bytes]]:
+def run_notebook(
+    file: Path, times: bool, quick: bool = False
+) -> tuple[list[Cell], list[Any], list[bytes]]:
     """Runs a source; returns its cells, their outputs, and its figures.
+
+    Args:
+      file: the source.
+      times: print the seconds of each cell.
+      quick: run the cells with fewer training steps.
 
     Raises:
       SystemExit: a cell failed; its traceback is on stderr.
@@ -190,7 +212,9 @@ def run_notebook(file: Path, times: bool) -> tuple[list[Cell], list[Any], list[b
                 continue
             began = time.perf_counter()
             try:
-                outputs.append(run_cell(cell, file, namespace, figures))
+                text = shorten(cell.text) if quick else cell.text
+                run = replace(cell, text=text)
+                outputs.append(run_cell(run, file, namespace, figures))
             except Exception:
                 traceback.print_exc()
                 raise SystemExit(
@@ -223,6 +247,13 @@ def check(file: Path, cells: list[Cell]) -> str | None:
 
 def main(args: Args) -> int:
     """Runs the selected notebooks; returns the exit status."""
+    if args.quick and not args.check:
+        print(
+            "run_notebooks.py: `--quick` needs `--check`: a notebook shows the whole "
+            "training",
+            file=sys.stderr,
+        )
+        return 1
     files = [
         file
         for file in sorted(NOTEBOOKS.glob("[0-9]*.py"))
@@ -250,7 +281,7 @@ def main(args: Args) -> int:
             copy = Path(shutil.copy(file, folder))
             os.chdir(folder)
             try:
-                cells, outputs, figures = run_notebook(copy, args.times)
+                cells, outputs, figures = run_notebook(copy, args.times, args.quick)
             finally:
                 os.chdir(before)
             seconds = time.perf_counter() - began

@@ -6,14 +6,14 @@
     python scripts/bench cpu table        # benchmarks/cpu.md from the results there
 
 `compare` runs the same QLoRA step (same architecture, rank, batch, NF4 base with double
-quantization, AdamW) in separate processes, ours and transformers + PEFT +
-bitsandbytes (`peer.py cpu`) alternately, so that both see the same machine, and prints
-tokens/s and the growth of resident memory as ratios. The peer runs with and without
-gradient checkpointing; ours with the matching `remat` policy: "full" recomputes each
-layer as gradient checkpointing does, "save_matmuls" keeps the results of the matrix
-products. `dora` runs both with LoRA and with DoRA and compares their steps. `scaling`
-shows step time, compile time and planned memory as layers and tokens grow. `ours`
-measures our step and prints one JSON object.
+quantization, AdamW) in separate processes, ours and transformers + PEFT + bitsandbytes
+(`scripts/peer cpu`) alternately, so that both see the same machine, and prints tokens/s
+and the growth of resident memory as ratios. The peer runs with and without gradient
+checkpointing; ours with the matching `remat` policy: "full" recomputes each layer as
+gradient checkpointing does, "save_matmuls" keeps the results of the matrix products.
+`dora` runs both with LoRA and with DoRA and compares their steps. `scaling` shows step
+time, compile time and planned memory as layers and tokens grow. `ours` measures our
+step and prints one JSON object.
 
 Results are written as JSON (`--output`) with versions, machine and method. Times are
 the best of the steps after the first, the peer's likewise; memory is peak resident
@@ -197,10 +197,10 @@ def run_ours(args: argparse.Namespace, **changes: Any) -> dict[str, Any]:
 def run_peer(
     args: argparse.Namespace, dtype: str, checkpointing: str, **changes: Any
 ) -> dict[str, Any]:
-    """Runs `peer.py cpu` under the peer's Python."""
+    """Runs `scripts/peer cpu` under the peer's Python."""
     options = {**shape_options(args), **changes, "dtype": dtype}
     options["gradient_checkpointing"] = checkpointing
-    script = str(ROOT / "scripts" / "peer.py")
+    script = str(ROOT / "scripts" / "peer")
     return run_json([args.peer_python, script, "cpu", *as_options(options)])
 
 

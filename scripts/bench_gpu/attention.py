@@ -2,7 +2,8 @@
 
     python scripts/bench_gpu attention                       # Llama 3.2 1B and 3.1 8B
     python scripts/bench_gpu attention --quick --budget 120  # the important rows
-    python scripts/bench_gpu attention --dry-run             # what would run, in order
+    python scripts/bench_gpu attention --list                # what would run, in order
+    python scripts/bench_gpu attention --dry-run             # on any device, short rows
 
 Measured: the output, and the derivative with the output before it, in bfloat16, of
 16,384 tokens in rows of several lengths: rows of one document ("whole"), which cuDNN
@@ -16,6 +17,8 @@ timed. A kernel that takes its process down, or does not end, costs one row.
 
 Writes attention_DEVICE.json and .md to benchmarks/ and, for choosing an implementation,
 DEVICE-attention.json to pallas_kernels/tuned/. Without a GPU it writes nothing.
+`--dry-run` runs a row of each implementation on few tokens, in XLA where there is no
+GPU, and chooses nothing; its table goes to `--output` if that is given.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +45,7 @@ from scripts.bench_gpu.results import (
     MARGIN,
     Recorder,
     markdown_table,
+    one_of_each,
     problem_sections,
     write_choices,
     write_result,
@@ -55,6 +59,8 @@ LENGTHS = (2048, 8192, 16384)
 DOCUMENTS = (310, 130, 900, 1700, 60, 2400, 640)
 PADDING = 1 / 32
 COMPARED = 640
+DRY = 64
+"""Tokens of a dry run's rows."""
 METHOD = (
     "Device time from profiler traces (union of the events on its streams; median of "
     "the traces; `method` clock: by the host's clock, for want of a trace)."
@@ -177,13 +183,13 @@ def implemented(task: Task) -> Callable[..., Any]:
     return operation(task, call)
 
 
-def mismatch(task: Task) -> str | None:
+def mismatch(task: Task, length: int = COMPARED) -> str | None:
     """Compares with the formula in float32; returns the differences, None if equal.
 
     Softmax weights (which sum to one), their gradients and the results are rounded to
     bfloat16: three half-ulps of the largest element.
     """
-    arrays = operands(task, COMPARED, 1)
+    arrays = operands(task, length, 1)
     in_float32 = [None if a is None else a.astype(jnp.float32) for a in arrays[:4]]
     formula = jax.jit(operation(task, lambda *a: reference_attention(*a)[0]))
     want = jax.tree.leaves(formula(*in_float32, arrays[4]))
@@ -198,14 +204,19 @@ def mismatch(task: Task) -> str | None:
     return "; ".join(differences) or None
 
 
-def answer(request: dict[str, Any], **how: Any) -> dict[str, Any]:
+def answer(
+    request: dict[str, Any], *, dry_run: bool = False, **how: Any
+) -> dict[str, Any]:
     """Answers one task: {"timing"}, {"failed"} or {"unavailable"}."""
     traces = request.pop("traces", 3)
     task = Task(**request)
+    length, rows = (DRY, 1) if dry_run else (task.length, task.rows)
+    if dry_run and jax.default_backend() != "gpu":
+        task = replace(task, implementation="xla")
     try:
-        if wrong := mismatch(task):
+        if wrong := mismatch(task, DRY if dry_run else COMPARED):
             return {"failed": f"differs from the formula: {wrong}"}
-        arrays = operands(task, task.length, task.rows)
+        arrays = operands(task, length, rows)
         run = jax.jit(implemented(task)).lower(*arrays).compile()
         timing = measure(lambda i: run(*arrays), keep=2, traces=traces, **how)
         memory = run.memory_analysis()
@@ -307,9 +318,10 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--quick", action="store_true", help="one length, one trace")
     p.add_argument("--budget", type=float, help="seconds; the rest is left out")
-    p.add_argument("--output", type=Path, default=ROOT / "benchmarks", help="folder")
+    p.add_argument("--output", type=Path, help="folder, default benchmarks")
     p.add_argument("--tuned", type=Path, default=ROOT / "pallas_kernels" / "tuned")
-    p.add_argument("--dry-run", action="store_true", help="list what would run")
+    p.add_argument("--list", action="store_true", help="list what would run")
+    p.add_argument("--dry-run", action="store_true", help="short, on any device")
     p.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     return p
 
@@ -318,14 +330,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark; 1 without a GPU or after a failure."""
     args = parser().parse_args(argv)
     if args.work:
-        return serve(answer)
+        return serve(answer, dry_run=args.dry_run)
     todo = tasks(tuple(args.model or ("1b", "8b")), quick=args.quick)
-    if args.dry_run:
+    if args.list:
         print("\n".join(task.name for task in todo))
         return 0
+    if args.dry_run:
+        todo = one_of_each(todo)
     say = partial(print, flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        worker = Worker(subcommand("attention"), Path(folder) / "log")
+        command = subcommand("attention", dry_run=args.dry_run)
+        worker = Worker(command, Path(folder) / "log")
         if "error" in worker.description:
             reason = f"{worker.description['error']}; nothing was written"
             print(f"bench_gpu attention: {reason}.", file=sys.stderr)
@@ -333,16 +348,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = {**worker.description, "complete": False, "rows": [], "left_out": []}
         result |= {"failures": {}, "unavailable": {}}
         name = f"attention_{device_slug(result['device'])}"
-        save = partial(write_result, args.output, name, result, table)
+        output = args.output or Path(folder if args.dry_run else ROOT / "benchmarks")
+        save = partial(write_result, output, name, result, table)
         recorder = Recorder(result, Budget(args.budget), save, say)
         try:
             recorder.run(todo, worker, traces=1 if args.quick else 3)
         finally:
             worker.close()
-    result["complete"] = True
-    save()
+        result["complete"] = True
+        save()
     chosen = choices(result)
-    if chosen["from_length"]:
+    if chosen["from_length"] and not args.dry_run:
         write_choices(args.tuned, "-attention", chosen)
-    say(f"{args.output / name}.json, .md: {len(result['rows'])} rows")
+    say(f"{output / name}.json, .md: {len(result['rows'])} rows")
     return 1 if result["failures"] else 0

@@ -3,17 +3,19 @@
     python scripts/bench_gpu kernels                       # all rows, Llama 3.1 8B
     python scripts/bench_gpu kernels --quick --budget 300  # the important rows
     python scripts/bench_gpu kernels --only matmul --model 1b --model 70b
-    python scripts/bench_gpu kernels --dry-run             # what would run, in order
+    python scripts/bench_gpu kernels --list                # what would run, in order
+    python scripts/bench_gpu kernels --dry-run             # on any device, small
 
 Measured: `nf4_dequantize` to bf16 (8-bit and float32 block scales, of one weight and of
 a layer in a stack), `nf4_matmul` with few and with many rows, and its gradient dX; all
-projections of all layers in one program ("pass"); and two ceilings, a device copy and a
-large bf16 product. Each by "xla" and by the kernels, which multiply in two ways: here
-"pallas" writes the weight out and leaves the product to XLA, "fused" (few rows) never
-writes it. `--tune` adds the settings of the kernels, and a third way to multiply,
-"wgmma" (tens to hundreds of rows, Hopper only): it is used where it turns out the
-fastest, and nowhere else. `--peer-python` (torch and bitsandbytes on the same GPU) adds
-bitsandbytes.
+projections of all layers in one program ("pass"); an RMSNorm with the low-rank products
+of its output ("norm", of the adapters of q, k and v, and its derivative); and two
+ceilings, a device copy and a large bf16 product. Each by "xla" and by the kernels,
+which multiply in two ways: here "pallas" writes the weight out and leaves the product
+to XLA, "fused" (few rows) never writes it. `--tune` adds the settings of the kernels,
+and a third way to multiply, "wgmma" (tens to hundreds of rows, Hopper only): it is used
+where it turns out the fastest, and nowhere else. `--peer-python` (torch and
+bitsandbytes on the same GPU) adds bitsandbytes.
 
 timing.py describes how a time is taken, in a separate process. GB/s counts the bytes
 that must move (packed weight, `x` and result, once each) whatever an implementation
@@ -25,7 +27,9 @@ agree with those in float32, and with one-hot rows show each weight. A differenc
 failure (exit status 1) and the row is not timed.
 
 Writes kernels_DEVICE.json and .md to benchmarks/ and, for choosing an implementation,
-DEVICE.json to pallas_kernels/tuned/. Without a GPU it writes nothing.
+DEVICE.json to pallas_kernels/tuned/. Without a GPU it writes nothing. `--dry-run` runs
+one row of each kind on small weights, in XLA where there is no GPU, and chooses
+nothing; its table goes to `--output` if that is given.
 """
 
 from __future__ import annotations
@@ -41,11 +45,13 @@ from typing import Any
 
 from pallas_kernels.device import device_slug
 from pallas_kernels.nf4.shapes import MIDDLE_ROWS, MODELS, ROWS, distinct, packed_bytes
+from scripts.bench_gpu import norm_operations
 from scripts.bench_gpu.nf4_operations import answer
 from scripts.bench_gpu.results import (
     MARGIN,
     Recorder,
     markdown_table,
+    one_of_each,
     problem_sections,
     write_choices,
     write_result,
@@ -53,7 +59,11 @@ from scripts.bench_gpu.results import (
 from scripts.bench_gpu.timing import serve
 from scripts.bench_gpu.worker import ROOT, Budget, Worker, subcommand
 
-KINDS = ("dequantize", "matmul", "backward")
+NORMS = norm_operations.KINDS
+KINDS = ("dequantize", "matmul", "backward", *NORMS)
+# Tokens of a training step, and ranks of the adapters that read a norm.
+NORM_ROWS = 8192
+NORM_RANKS = 3 * 16
 # A product of at most so many rows may be computed from the packed bytes.
 FEW_ROWS = 64
 # Weights and results of the calls in turn: several times the cache of any GPU.
@@ -80,7 +90,8 @@ class Task:
     implementation: str
     """"xla", "pallas", "fused", "wgmma" or, of the peer, "bitsandbytes"."""
     shape: tuple[int, int] | None
-    """(O, I); None = a pass, all projections of all layers of `model`."""
+    """(O, I), of a norm (ranks, features); None = a pass, all projections of all layers
+    of `model`."""
     rows: int = 0
     """Rows of `x`; 0 for dequantize."""
     double_quant: bool = True
@@ -97,8 +108,9 @@ class Task:
         words = [self.kind, "x".join(map(str, self.shape or ()))]
         words += [f"{self.model} pass"] * (self.shape is None)
         words += [f"{self.rows} rows"] * bool(self.rows)
-        words += ["float32 scales"] * (not self.double_quant)
-        words += ["one weight"] * (not self.stacked)
+        is_norm = self.kind in NORMS
+        words += ["float32 scales"] * (not self.double_quant and not is_norm)
+        words += ["one weight"] * (not self.stacked and not is_norm)
         words += [f"{k}={v}" for k, v in self.tuning]
         return " ".join([*filter(None, words), self.implementation])
 
@@ -118,6 +130,8 @@ class Task:
     @property
     def bytes(self) -> int:
         """Bytes that one call must read and write."""
+        if self.kind in NORMS and self.shape:
+            return norm_operations.count_bytes(self.kind, self.shape, self.rows)
         total = 0
         for (o, i), count in self.weights:
             wide = (o + i) * self.rows if self.rows else o * i
@@ -131,7 +145,7 @@ class Task:
         return sum(2 * self.rows * o * i * count for (o, i), count in self.weights)
 
     def request(self, traces: int) -> dict[str, Any]:
-        """Returns what nf4_operations.py and peer.py are asked for."""
+        """Returns what nf4_operations.py and the peer are asked for."""
         copies = 2 if self.shape is None else max(2, -(-ROTATED_BYTES // self.bytes))
         return {
             **asdict(self),
@@ -185,6 +199,9 @@ def tasks(
         add(0, "dequantize", None, model=model)
         add(1, "matmul", None, 1, model=model)
         add(5, "matmul", None, 16, model=model)
+        for kind in NORMS:
+            shape = (NORM_RANKS, MODELS[model].hidden_size)
+            add(2, kind, shape, NORM_ROWS, double_quant=False, stacked=False)
     for shape in distinct(tuple(models)):
         add(2, "dequantize", shape)
         for rows in TUNED_ROWS:
@@ -359,8 +376,14 @@ def _rows_table(rows: list[dict[str, Any]]) -> list[str]:
             (
                 "x".join(map(str, r["shape"] or ())) or r["model"] + ", all layers",
                 r["rows"] or "",
-                "8-bit" if r["double_quant"] else "float32",
-                "yes" if r["stacked"] else "no",
+                *(
+                    ("", "")
+                    if r["kind"] in NORMS
+                    else (
+                        "8-bit" if r["double_quant"] else "float32",
+                        "yes" if r["stacked"] else "no",
+                    )
+                ),
                 r["implementation"],
                 f"{r['device_us']:,.1f}",
                 f"{r['gb_s']:,.0f}",
@@ -391,9 +414,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tune", action="store_true", help="the kernels' tunables as well")
     p.add_argument("--budget", type=float, help="seconds; the rest is left out")
     p.add_argument("--peer-python", help="Python with torch and bitsandbytes")
-    p.add_argument("--output", type=Path, default=ROOT / "benchmarks", help="folder")
+    p.add_argument("--output", type=Path, help="folder, default benchmarks")
     p.add_argument("--tuned", type=Path, default=ROOT / "pallas_kernels" / "tuned")
-    p.add_argument("--dry-run", action="store_true", help="list what would run")
+    p.add_argument("--list", action="store_true", help="list what would run")
+    p.add_argument("--dry-run", action="store_true", help="small, on any device")
     p.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     return p
 
@@ -402,7 +426,7 @@ def measure_peer(
     python: str, log: Path, recorder: Recorder, todo: Sequence[Task]
 ) -> None:
     """Times bitsandbytes on the shapes of the tasks, under another Python."""
-    script = str(ROOT / "scripts" / "peer.py")
+    script = str(ROOT / "scripts" / "peer")
     peer = Worker([python, script, "gpu", "kernels"], log)
     result = recorder.result
     if "error" in peer.description:
@@ -412,7 +436,7 @@ def measure_peer(
         theirs = [
             replace(task, implementation="bitsandbytes", stacked=False)
             for task in todo
-            if task.implementation == "xla" and task.shape
+            if task.implementation == "xla" and task.shape and task.kind not in NORMS
         ]
         # The same rows; failures apart, since only ours decide on the exit status.
         view = {**result, "failures": result["peer_failures"]}
@@ -425,18 +449,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark; 1 without a GPU or after a failure."""
     args = parser().parse_args(argv)
     if args.work:
-        return serve(answer)
+        return serve(answer, dry_run=args.dry_run)
     models, kinds = tuple(args.model or ("8b",)), tuple(args.only or KINDS)
     todo = tasks(models, kinds, quick=args.quick)
     if args.tune:
         todo += tunable_tasks(models, kinds)
-    if args.dry_run:
+    if args.list:
         print("\n".join(task.name for task in todo))
         return 0
+    if args.dry_run:
+        todo = one_of_each(todo)
     say, budget = partial(print, flush=True), Budget(args.budget)
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
-        worker = Worker(subcommand("kernels"), log)
+        worker = Worker(subcommand("kernels", dry_run=args.dry_run), log)
         if "error" in worker.description:
             reason = f"{worker.description['error']}; nothing was written"
             print(f"bench_gpu kernels: {reason}.", file=sys.stderr)
@@ -446,7 +472,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         result |= {"rows": [], "failures": {}, "unavailable": {}, "left_out": []}
         result |= {"peer": "not asked for", "peer_failures": {}}
         name = f"kernels_{device_slug(result['device'])}"
-        save = partial(write_result, args.output, name, result, table)
+        output = args.output or Path(folder if args.dry_run else ROOT / "benchmarks")
+        save = partial(write_result, output, name, result, table)
         recorder = Recorder(result, budget, save, say, by_reason=True)
         try:
             measured = worker({"do": "ceilings"})
@@ -457,16 +484,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             recorder.run(todo, worker, traces=1 if args.quick else 3)
         finally:
             worker.close()
-        if args.peer_python:
+        if args.peer_python and not args.dry_run:
             quick = tasks(models, kinds, quick=True)
             measure_peer(args.peer_python, log, recorder, quick)
-    result["complete"] = True
-    save()
+        result["complete"] = True
+        save()
     chosen = choices(result)
-    if chosen["fused_rows"] or chosen["dequantize"]:
+    if (chosen["fused_rows"] or chosen["dequantize"]) and not args.dry_run:
         write_choices(args.tuned, "", chosen)
     say(
-        f"{args.output / name}.json, .md: {len(result['rows'])} rows, "
+        f"{output / name}.json, .md: {len(result['rows'])} rows, "
         f"{len(result['failures'])} failures, {len(result['left_out'])} left out for "
         "want of time"
     )

@@ -50,6 +50,7 @@ from convert.tokenizer import load_tokenizer
 from pallas_kernels.nf4 import shapes
 from qlora_jax import nf4
 from qlora_jax import tree as trees
+from qlora_jax.choices import Norms
 from qlora_jax.errors import UserError
 from qlora_jax.inference.decode import generate_tokens
 from qlora_jax.lora.config import LoraConfig
@@ -263,6 +264,8 @@ class Training:
     optimizer: Any = "adamw"
     packed: bool = False
     """Four documents in a row."""
+    norms: Norms = "auto"
+    """Of `Compute`, which a run file does not have."""
 
 
 def train(
@@ -275,7 +278,9 @@ def train(
     """
     lora, adapters = adapters_for(base, how.rank)
     settings, steps = how.settings, how.steps
-    compute = Compute(dtype=settings.dtype, kernels=settings.kernels, lora=lora)
+    compute = Compute(
+        dtype=settings.dtype, kernels=settings.kernels, lora=lora, norms=how.norms
+    )
     number, rows, length = tokens.shape
     shape = (number, how.accumulation, rows // how.accumulation, length)
     batches = [{"tokens": t, "labels": t} for t in jnp.asarray(tokens).reshape(shape)]
@@ -375,6 +380,18 @@ def parser() -> argparse.ArgumentParser:
             help="as in [model] of a run file"
             + ("" if name == "kernels" else "; train"),
         )
+    p.add_argument(
+        "--scan-layers",
+        choices=("auto", "true", "false"),
+        default="auto",
+        help="train: as in [model] of a run file",
+    )
+    p.add_argument(
+        "--norms",
+        choices=typing.get_args(Norms),
+        default="auto",
+        help="train: norms on their own, or fused with the products that follow",
+    )
     p.add_argument("--rank", type=int, default=16, help="of the adapters")
     p.add_argument("--accumulation", type=int, default=1, help="train: micro-batches")
     p.add_argument(
@@ -431,8 +448,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         embed_tokens=args.embed_tokens,
         lm_head=args.lm_head,
         kernels=args.kernels,
+        scan_layers={"true": True, "false": False}.get(args.scan_layers, "auto"),
     )
-    names = ("steps", "rank", "accumulation", "optimizer", "packed")
+    names = ("steps", "rank", "accumulation", "optimizer", "packed", "norms")
     how = Training(settings=settings, **{name: getattr(args, name) for name in names})
     return train(config, base, tokens, how)
 

@@ -14,12 +14,17 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import device, nf4_dequantize, nf4_matmul
-from pallas_kernels.nf4.shapes import MODELS
+from pallas_kernels.nf4.shapes import MODELS, Model
 from qlora_jax import nf4
+from scripts.bench_gpu import norm_operations
 from scripts.bench_gpu.timing import ceilings, failure, measure, random_key
 
 Request = Mapping[str, Any]
 Shape = tuple[int, int]
+# In place of a real model, and of any weight, in a dry run.
+NARROW = Model("narrow", 128, 256, 2, 2, 1, 64)
+# Bytes and width of what shows the ceilings there.
+SMALL = {"size": 1 << 16, "width": 64, "traces": 1, "seconds": 1e-3}
 
 
 def random_weight(
@@ -141,9 +146,15 @@ def weight_call(request: Request) -> Callable[[int], Any]:
     return lambda i: run(None, x, weights[i % copies])
 
 
+def projections_of(request: Request) -> tuple[Any, ...]:
+    """Returns the projections of the model of a pass."""
+    model = NARROW if request.get("dry_run") else MODELS[request["model"]]
+    return model.projections
+
+
 def model_call(request: Request) -> Callable[[int], Any]:
     """Returns call(i) that goes through all layers of a model in one program."""
-    projections = MODELS[request["model"]].projections
+    projections = projections_of(request)
     layers = request.get("layers") or projections[0].layers
     stacks = [
         random_weight(p.shape, request["double_quant"], (layers,), seed)
@@ -186,7 +197,7 @@ def mismatch(request: Request) -> str | None:
     differences = []
     shapes = [request["shape"]]
     if request["shape"] is None:
-        shapes = [p.shape for p in MODELS[request["model"]].projections]
+        shapes = [p.shape for p in projections_of(request)]
     stacked = request["stacked"]
     leading, layer = ((2,), jnp.int32(1)) if stacked else ((), None)
     for shape in dict.fromkeys(map(_pair, shapes)):
@@ -239,16 +250,37 @@ def _beyond_rounding(
     return counts
 
 
-def answer(request: Request, **how: Any) -> dict[str, Any]:
+def narrowed(request: Request) -> Request:
+    """Returns a request as a dry run answers it: small, and in XLA without a GPU."""
+    narrow = {**request, "dry_run": True, "copies": 2, "traces": 1}
+    if jax.default_backend() != "gpu":
+        narrow |= {"implementation": "xla", "tuning": {}}
+    if request["rows"]:
+        narrow["rows"] = min(16, request["rows"])
+    if request["shape"]:
+        narrow["shape"] = (16 if request["kind"] in norm_operations.KINDS else 128, 256)
+    return narrow
+
+
+def answer(request: Request, *, dry_run: bool = False, **how: Any) -> dict[str, Any]:
     """Answers one request: {"ceilings"}, {"timing"}, {"failed"} or {"unavailable"}."""
     if request["do"] == "ceilings":
-        return {"ceilings": ceilings(**how)}
+        return {"ceilings": ceilings(**how, **SMALL if dry_run else {})}
+    request = narrowed(request) if dry_run else request
     how = {"traces": request.get("traces", 3), **how}
+    if dry_run:
+        how["seconds"] = 1e-3
+    module = norm_operations if request["kind"] in norm_operations.KINDS else None
+    check, call_of = (
+        (module.mismatch, module.weight_call)
+        if module
+        else (mismatch, weight_call if request["shape"] else model_call)
+    )
     try:
-        if request["implementation"] != "xla" and (wrong := mismatch(request)):
+        checked = dry_run or request["implementation"] != "xla"
+        if checked and (wrong := check(request)):
             return {"failed": f"differs from xla: {wrong}"}
-        call = weight_call(request) if request["shape"] else model_call(request)
-        return {"timing": measure(call, keep=request["copies"], **how)}
+        return {"timing": measure(call_of(request), keep=request["copies"], **how)}
     except (ValueError, NotImplementedError) as error:
         return {"unavailable": str(error)[:1000]}
     except Exception as error:

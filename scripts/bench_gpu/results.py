@@ -43,6 +43,11 @@ class Task(Protocol):
         ...
 
 
+def one_of_each(todo: Sequence[Any]) -> list[Any]:
+    """Returns the first task of each group, for a dry run."""
+    return list({task.group: task for task in reversed(todo)}.values())[::-1]
+
+
 @dataclass
 class Recorder:
     """Asks for timings and records the answers."""

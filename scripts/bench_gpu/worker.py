@@ -132,6 +132,7 @@ class Worker:
             self.process = None
 
 
-def subcommand(name: str) -> list[str]:
+def subcommand(name: str, *, dry_run: bool = False) -> list[str]:
     """Returns the command of the worker of `kernels` or `attention`."""
-    return [sys.executable, str(Path(__file__).parent), name, "--work"]
+    command = [sys.executable, str(Path(__file__).parent), name, "--work"]
+    return [*command, "--dry-run"] if dry_run else command

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,29 @@ import pytest
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute
+from qlora_jax.planning import compile as compile_module
 from qlora_jax.planning import hlo
 from qlora_jax.planning.compile import compile_for, find_compiler
 from qlora_jax.planning.gpus import CARDS
 from qlora_jax.planning.step import Step
 from qlora_jax.training.config import TrainConfig
+from tests.compile import forked
 from tests.compile import ptx as interpreter
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("compile_for_gpu.py")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_each_step_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compiles steps in forks of one process, and equal ones once; see forked.py."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent  # of all test processes of this run
+    run = functools.partial(forked.run_compiler, shared=shared / "compiled_steps")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compile_module, "_run_compiler", run)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -33,12 +33,13 @@ def step_of(model: str, length: int, batch_size: int = 1) -> Step:
     )
 
 
-# One card of each: instructions and limits follow from it, memory and speed do not.
+# The oldest, the first with bfloat16 (8.0) and the newest: instructions follow from it.
 BY_CAPABILITY = {card.compute_capability: name for name, card in CARDS.items()}
+CAPABILITIES = min(BY_CAPABILITY), (8, 0), max(BY_CAPABILITY)
 
 
-@pytest.mark.parametrize("card", BY_CAPABILITY.values())
-def test_a_step_compiles_for_every_compute_capability(gpu_compiler, card):
+@pytest.mark.parametrize("card", [BY_CAPABILITY[key] for key in CAPABILITIES])
+def test_a_step_compiles_for_the_oldest_and_the_newest_device(gpu_compiler, card):
     step = step_of("1b", 1024)
     if not CARDS[card].bfloat16:
         compute = dataclasses.replace(step.compute, dtype="float16", attention="xla")
@@ -48,12 +49,13 @@ def test_a_step_compiles_for_every_compute_capability(gpu_compiler, card):
     assert made.memory.activations == 2 * 16 * 1024 * 2048
 
 
-# Every policy, model and way of taking an MLP (whole, in chunks) at least once.
+# Every policy, model and way of taking an MLP (whole, in chunks) at least once. Without
+# a loop over the layers, four of them: each is compiled.
 GRID = [
     *(("1b", 4096, 1, policy) for policy in LADDER),
-    *(("3b", 8192, 1, RUNGS[name]) for name in ("full", "offload, tables, xla")),
+    ("3b", 8192, 1, RUNGS["full"]),
     *(("8b", 2048, 8, RUNGS[name]) for name in ("save_matmuls", "full")),
-    *(("8b", 32768, 1, RUNGS[name]) for name in ("full", "save_attention", "offload")),
+    *(("8b", 32768, 1, RUNGS[name]) for name in ("full", "offload")),
     *(("8b", 131072, 1, RUNGS[name]) for name in ("full", "offload, tables, xla")),
 ]
 
@@ -66,7 +68,11 @@ GRID = [
 def test_the_formula_is_within_10_percent_of_the_compiled_plan(
     gpu_compiler, model, length, batch_size, policy
 ):
-    step = policy.apply(step_of(model, length, batch_size))
+    step = step_of(model, length, batch_size)
+    if not policy.scan_layers:
+        config = dataclasses.replace(step.config, num_hidden_layers=4)
+        step = dataclasses.replace(step, config=config)
+    step = policy.apply(step)
     made = compile_for(step, CARDS["h200"], python=gpu_compiler).memory
     formula = estimate.step_memory(step)
     # What is certain is exact.

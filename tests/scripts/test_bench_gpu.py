@@ -10,7 +10,8 @@ import pytest
 
 from scripts.bench_gpu import attention, kernels, timing, worker
 from scripts.bench_gpu.results import Recorder
-from tests.scripts.measured import empty
+from tests.scripts.measured import CEILINGS, empty
+from tests.scripts.measured import timing as timing_of
 
 
 @pytest.mark.parametrize("command", ["kernels", "attention", "model"])
@@ -32,10 +33,46 @@ def test_without_a_gpu_nothing_is_measured_or_written(run_script, tmp_path, comm
         (attention.main, ("--quick",), "1b derivative 8192 packed pallas", 10),
     ],
 )
-def test_a_dry_run_lists_what_would_run(capsys, main, options, first, count):
-    assert main(["--dry-run", "--model", "1b", *options]) == 0
+def test_the_list_is_of_what_would_run(capsys, main, options, first, count):
+    assert main(["--list", "--model", "1b", *options]) == 0
     listed = capsys.readouterr().out.splitlines()
     assert listed[0] == first and len(listed) == count
+
+
+@pytest.mark.parametrize("module", [kernels, attention])
+def test_a_dry_run_takes_a_task_of_each_group_and_chooses_nothing(
+    module, tmp_path, monkeypatch, capsys
+):
+    asked, commands = [], []
+
+    class Fake:
+        description = {"device": "cpu", "machine": {"jax": "0.0"}}
+
+        def __init__(self, command, log):
+            commands.append(command)
+
+        def __call__(self, request):
+            asked.append(request)
+            return {"ceilings": CEILINGS, "timing": timing_of(1.0)}
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(module, "Worker", Fake)
+    options = ["--output", str(tmp_path / "o"), "--tuned", str(tmp_path / "t")]
+    assert module.main(["--dry-run", "--quick", *options]) == 0
+    assert commands[0][-2:] == ["--work", "--dry-run"]
+    todo = kernels.tasks(("8b",), quick=True)
+    if module is attention:
+        todo = attention.tasks(("1b", "8b"), quick=True)
+    kinds = {task.group for task in todo}
+    assert len([a for a in asked if a.get("do") != "ceilings"]) == len(kinds)
+    assert {path.name for path in tmp_path.iterdir()} == {"o"}
+    assert len(list((tmp_path / "o").iterdir())) == 2
+    # Nothing is kept without a folder.
+    monkeypatch.setattr(module, "ROOT", tmp_path / "root")
+    assert module.main(["--dry-run"]) == 0
+    assert not (tmp_path / "root").exists()
 
 
 # --- timing ---
@@ -164,7 +201,7 @@ def test_the_timing_process_answers_line_by_line(tmp_path):
     program = (
         "import os\n"
         "from scripts.bench_gpu import nf4_operations, timing\n"
-        "timing.describe = lambda: {'device': 'none', 'machine': {}}\n"
+        "timing.describe = lambda any_device: {'device': 'none', 'machine': {}}\n"
         "nf4_operations.ceilings = lambda: print('aside') or os.system('echo x')\n"
         "timing.serve(nf4_operations.answer)\n"
     )

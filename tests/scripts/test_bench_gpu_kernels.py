@@ -7,9 +7,12 @@ import pytest
 from pallas_kernels.nf4 import shapes
 from scripts.bench_gpu import kernels as bench
 from scripts.bench_gpu import nf4_operations as operations
+from scripts.bench_gpu import norm_operations
 from scripts.bench_gpu.results import Recorder
 from scripts.bench_gpu.worker import Budget
 from tests.scripts.measured import CEILINGS, empty, timing
+
+NORMS = norm_operations.KINDS
 
 
 def row(task: bench.Task, us: float) -> dict:
@@ -84,7 +87,58 @@ def test_settings_of_the_kernels_are_tried_one_by_one():
     assert ways == fused | {("wgmma", rows) for rows in bench.WGMMA_ROWS}
 
 
+def test_a_norm_reads_and_writes_each_array_once():
+    forward, backward = (bench.Task(kind, "xla", (48, 4096), 8192) for kind in NORMS)
+    # 31 and 47 us of 4.3 TB/s for the norm alone, forward and backward.
+    assert forward.bytes / 4.3e6 == pytest.approx(31.4, rel=0.02)
+    assert backward.bytes / 4.3e6 == pytest.approx(63.1, rel=0.02)
+    assert forward.flops == backward.flops == 2 * 8192 * 48 * 4096
+    names = [task.name for task in bench.tasks(("8b",), NORMS, quick=True)]
+    assert names[:2] == [
+        "norm 48x4096 8192 rows xla",
+        "norm 48x4096 8192 rows pallas",
+    ]
+    assert len(names) == 4
+
+
 # --- What is timed, on small weights ---
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_a_norm_runs_and_agrees_with_float32(kind):
+    request = bench.Task(kind, "xla", (16, 256), 8).request(1) | {"copies": 3}
+    call = norm_operations.weight_call(request)
+    width = 256 + 16 * (kind == "norm")
+    assert call(0).shape == (8, width) and call(0).dtype == jnp.bfloat16
+    assert not (call(0) == call(1)).all() and (call(0) == call(3)).all()
+    assert norm_operations.mismatch(request) is None
+    assert operations.answer(request, seconds=1e-4)["timing"]["device_us"] > 0
+
+
+def test_an_error_of_a_norm_is_found(monkeypatch):
+    right = norm_operations.normed_input
+
+    def wrong(x, *arguments, implementation, **options):
+        ext, x = right(x, *arguments, implementation="xla", **options)
+        return (ext if implementation == "xla" else ext.at[3, 5].add(1.0)), x
+
+    monkeypatch.setattr(norm_operations, "normed_input", wrong)
+    request = bench.Task("norm", "pallas", (16, 256), 8).request(1)
+    failed = operations.answer(request)["failed"]
+    assert failed.startswith("differs from xla: output by 1")
+
+
+def test_a_dry_run_is_small_and_checks_every_kind():
+    requests = [bench.Task("norm", "pallas", (48, 4096), 8192).request(3)]
+    requests.append(bench.Task("matmul", "fused", (4096, 14336), 16).request(3))
+    requests.append(bench.Task("matmul", "fused", None, 1, model="8b").request(3))
+    for request in requests:
+        small = operations.narrowed(request)
+        assert small["shape"] in ((16, 256), (128, 256), None)
+        assert small["rows"] <= 16 and small["copies"] == 2
+        if request["kind"] == "norm":
+            assert operations.answer(request, dry_run=True).keys() == {"timing"}
+    assert operations.projections_of(small) == operations.NARROW.projections
 
 
 @pytest.mark.parametrize(
@@ -289,7 +343,7 @@ class Fake:
 
     def __init__(self, command, log):
         self.description = {"device": "Fake GPU 1", "machine": {"jax": "0.0"}}
-        if command[1].endswith("peer.py"):
+        if command[1].endswith("peer"):
             self.description = {"error": "ModuleNotFoundError: bitsandbytes"}
 
     def __call__(self, request):

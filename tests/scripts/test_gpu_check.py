@@ -8,8 +8,9 @@ import jax
 import pytest
 
 from scripts import gpu_check as check
-from scripts.bench_gpu import model
+from scripts.bench_gpu import attention, kernels, model
 
+benches = {"attention": attention, "kernels": kernels, "model": model}
 DECODE = {"tokens_per_s": 400.0, "ms_per_step": 2.5, "prefill_ms": 60.0}
 DECODE["floor_tokens_per_s"] = 925.0
 TRAIN = {"tokens_per_s": 10_000.0, "step_s": 0.8192, "flops_per_token": 32e9}
@@ -36,9 +37,14 @@ def fake_gpu(command, seconds):
             return 0, "progress\n"
     if "--kernels pallas" in text and "decode" in text:
         return 0, "a remark\n" + json.dumps({"unavailable": "no Hopper"}) + "\n"
-    if "peer.py" in text:
+    if "scripts/peer gpu decode" in text:
         slow = {"tokens_per_s": 30.0, "floor_tokens_per_s": None}
         return 0, json.dumps(DECODE | slow)
+    if "unsloth" in text:
+        return 0, json.dumps({"unavailable": "unsloth is not installed"})
+    if "scripts/peer gpu train" in text:
+        slow = {"tokens_per_s": 4_000.0, "step_s": 2.048, "peak_bytes": 40e9}
+        return 0, json.dumps(slow)
     if "decode" in text:
         return 0, json.dumps(DECODE)
     if "save_matmuls" in text:
@@ -53,9 +59,9 @@ def parts(*arguments):
 def test_parts_come_in_order_of_importance():
     names = [part.name for part in parts()]
     assert names[:3] == [
-        "train save_matmuls xla",
+        "train none xla",
+        "train none fused norms",
         "train full xla",
-        "train packed pallas attention",
     ]
     assert names[-1] == "tests"
     assert len(names) == len(set(names))
@@ -82,8 +88,12 @@ def test_each_part_is_reported_and_the_next_still_runs():
     runner.run(parts("--peer-python", "p"), result["parts"], 1e4)
     outcome = "; ".join(f"{n}: {r['status']}" for n, r in result["parts"].items())
     assert outcome == (
-        "train save_matmuls xla: out of time; train full xla: ok; "
-        "train packed pallas attention: out of time; train qwen3-8b recipe: ok; "
+        "train none xla: ok; train none fused norms: ok; train full xla: ok; "
+        "train qwen3-8b recipe: ok; train none transformers: ok; "
+        "train full transformers: ok; train qwen3-8b transformers: ok; "
+        "train none unsloth: not available; train full unsloth: not available; "
+        "train save_matmuls xla: out of time; "
+        "train save_matmuls loop: out of time; train packed attention: out of time; "
         "train qwen3-0.6b: ok; train qwen3-1.7b: ok; attention: ok; kernels: ok; "
         "decode 1 xla: ok; decode 1 pallas: not available; train full pallas: ok; "
         "decode 16 xla: ok; decode 16 pallas: not available; train 131072 full: ok; "
@@ -98,6 +108,7 @@ def test_each_part_is_reported_and_the_next_still_runs():
         "| 1 | xla | 400.0 | 2.50 | 60.0 | 925 | 43% |",
         "| 1 | transformers | 30.0 | 2.50 | 60.0 | 925 | 3% |",
         "| full xla | 10,000 | 819.2 | 32.4% | 40% | 14.0 | 13.9 | 12.500 to 12.000 |",
+        "- full transformers: 4,000 tokens/s, peak 40.0 GB; ours (full xla) 2.50 times",
         "    no Hopper",
         "    compiling",
         "\n## NF4 kernels\n\n### matmul\n",
@@ -191,10 +202,7 @@ def test_a_run_writes_one_result_and_a_table(tmp_path, monkeypatch, capsys):
     result = json.loads(stored.read_text())
     assert result["parts"]["tests"]["status"] == "failed"
     assert check.main(["--only", "decode"]) == 2
-    assert (
-        "no part decode; the parts are train save_matmuls xla,"
-        in capsys.readouterr().err
-    )
+    assert "no part decode; the parts are train none xla," in capsys.readouterr().err
 
 
 def test_without_a_gpu_it_says_so_and_writes_nothing(run_script, tmp_path):
@@ -212,18 +220,24 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(run_script, tmp_path):
 def test_the_list_needs_no_gpu(run_script):
     done = run_script("gpu_check.py", "--list", alone=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("train save_matmuls xla ")
+    assert done.stdout.startswith("train none xla ")
     assert "train full pallas" in done.stdout
 
 
 def test_a_dry_run_executes_a_part_with_a_narrow_model(capsys):
-    models = [part for part in parts("--dry-run") if "model" in part.command]
-    for part in models:  # the benchmark takes the options of every part
-        model.parser().parse_args([*part.command[part.command.index("model") + 1 :]])
-    chosen = ("train qwen3-8b recipe", "kernels")
-    options = [word for name in chosen for word in ("--part", name)]
-    assert check.main(["--dry-run", *options]) == 0
+    for part in parts("--dry-run"):  # every benchmark takes the options of its parts
+        options = [word.format(folder="f", seconds="9") for word in part.command[2:]]
+        if "pytest" not in part.command:
+            benches[options[0]].parser().parse_args([*options[1:], "--dry-run"])
+    name = "train qwen3-0.6b"
+    assert check.main(["--dry-run", "--part", name]) == 0
     out = capsys.readouterr().out
-    for name, outcome in zip(chosen, ("ok", "needs a GPU"), strict=True):
-        assert f"{name}: {outcome}" in out
-    assert "| qwen3-8b recipe |" in out
+    assert f"{name}: ok" in out and "| qwen3-0.6b |" in out
+
+
+def test_a_dry_run_of_the_tests_collects_them(monkeypatch):
+    commands = []
+    monkeypatch.setattr(check, "run_child", lambda *a: (commands.append(a[0]), ""))
+    check.dry_run(parts()[-1].command, 1.0)
+    check.dry_run(parts()[0].command, 1.0)
+    assert [command[-1] for command in commands] == ["--collect-only", "--dry-run"]

@@ -86,21 +86,36 @@ def test_a_chain_is_killed_and_continues(kill_runs, write_run, tmp_path):
     assert "`first` exists; a chain starts its runs itself." in again.stderr
 
 
+# Steps, options, and that the kills met what they were for; most of them meet the
+# writing. (How many come while a process starts up depends on how fast the machine is.)
+STORMS = {
+    "forks": (
+        40,
+        ("--kills", "16", "--fork"),
+        {"while training": 8, "left half a checkpoint": 1},
+    ),
+    "operations on files": (30, ("--kills", "40", "--calls"), {"while starting": 10}),
+    "processes": (12, ("--kills", "2"), {}),
+    "asked to stop": (
+        30,
+        ("--kills", "5", "--signal", "TERM", "--fork"),
+        {"said how to go on": 2},
+    ),
+    # As many as take two minutes: `make fuzz`.
+    "many forks": (
+        120,
+        ("--kills", "50", "--fork"),
+        {"while training": 30, "left half a checkpoint": 5},
+    ),
+}
+
+
 @pytest.mark.parametrize(
     ("steps", "options", "least"),
     [
-        # That the kills met what they were for; most of them meet the writing. (How
-        # many come while a process starts up depends on how fast the machine is.)
-        (
-            120,
-            ("--kills", "50", "--fork"),
-            {"while training": 30, "left half a checkpoint": 5},
-        ),
-        (30, ("--kills", "40", "--calls"), {"while starting": 10}),
-        (12, ("--kills", "2"), {}),
-        (30, ("--kills", "5", "--signal", "TERM", "--fork"), {"said how to go on": 2}),
+        pytest.param(*storm, marks=[pytest.mark.fuzz] * (name == "many forks"), id=name)
+        for name, storm in STORMS.items()
     ],
-    ids=["forks", "operations on files", "processes", "asked to stop"],
 )
 def test_a_storm_changes_nothing(kill_runs, write_run, steps, options, least):
     write_run("run.toml", steps=steps, more=STORM)
