@@ -78,13 +78,13 @@ def gpu_tests() -> list[str]:
 def list_parts(args: argparse.Namespace) -> list[Part]:
     """Lists the parts, the most important first."""
     # "none" and "save_matmuls" have a program for each layer, unless it is a loop.
-    fused, loop = ("--norms", "fused"), ("--scan-layers", "true")
+    fused, loop = ("--fusion", "fused"), ("--scan-layers", "true")
     packed = (*loop, "--packed", "--attention", "pallas")
     recipe = ("--size", "qwen3-8b", "--accumulation", "4", "--packed")
     recipe += ("--optimizer", "adamw_8bit", "--steps", "8")
     parts = [
         train_part(args, "xla", "none"),
-        train_part(args, "xla", "none", *fused, name="none fused norms"),
+        train_part(args, "xla", "none", *fused, name="none fused"),
         train_part(args, "xla", "full"),
         train_part(args, "xla", "auto", *recipe, batch=2, name="qwen3-8b recipe"),
     ]

@@ -9,7 +9,8 @@
 Measured: `nf4_dequantize` to bf16 (8-bit and float32 block scales, of one weight and of
 a layer in a stack), `nf4_matmul` with few and with many rows, and its gradient dX; all
 projections of all layers in one program ("pass"); an RMSNorm with the low-rank products
-of its output ("norm", of the adapters of q, k and v, and its derivative); and two
+of its output ("norm", of the adapters of q, k and v, and its derivative); the MLP's
+activation with the low-rank products around it ("gated", and its derivative); and two
 ceilings, a device copy and a large bf16 product. Each by "xla" and by the kernels,
 which multiply in two ways: here "pallas" writes the weight out and leaves the product
 to XLA, "fused" (few rows) never writes it. `--tune` adds the settings of the kernels,
@@ -45,8 +46,7 @@ from typing import Any
 
 from pallas_kernels.device import device_slug
 from pallas_kernels.nf4.shapes import MIDDLE_ROWS, MODELS, ROWS, distinct, packed_bytes
-from scripts.bench_gpu import norm_operations
-from scripts.bench_gpu.nf4_operations import answer
+from scripts.bench_gpu.nf4_operations import PASSES, answer
 from scripts.bench_gpu.results import (
     MARGIN,
     Recorder,
@@ -59,11 +59,10 @@ from scripts.bench_gpu.results import (
 from scripts.bench_gpu.timing import serve
 from scripts.bench_gpu.worker import ROOT, Budget, Worker, subcommand
 
-NORMS = norm_operations.KINDS
-KINDS = ("dequantize", "matmul", "backward", *NORMS)
-# Tokens of a training step, and ranks of the adapters that read a norm.
-NORM_ROWS = 8192
-NORM_RANKS = 3 * 16
+KINDS = ("dequantize", "matmul", "backward", *PASSES)
+# Tokens of a training step, and the rank of its adapters.
+STEP_ROWS = 8192
+RANK = 16
 # A product of at most so many rows may be computed from the packed bytes.
 FEW_ROWS = 64
 # Weights and results of the calls in turn: several times the cache of any GPU.
@@ -90,7 +89,7 @@ class Task:
     implementation: str
     """"xla", "pallas", "fused", "wgmma" or, of the peer, "bitsandbytes"."""
     shape: tuple[int, int] | None
-    """(O, I), of a norm (ranks, features); None = a pass, all projections of all layers
+    """(O, I), of one of `PASSES` (ranks, features); None = a pass, all projections of all layers
     of `model`."""
     rows: int = 0
     """Rows of `x`; 0 for dequantize."""
@@ -108,9 +107,9 @@ class Task:
         words = [self.kind, "x".join(map(str, self.shape or ()))]
         words += [f"{self.model} pass"] * (self.shape is None)
         words += [f"{self.rows} rows"] * bool(self.rows)
-        is_norm = self.kind in NORMS
-        words += ["float32 scales"] * (not self.double_quant and not is_norm)
-        words += ["one weight"] * (not self.stacked and not is_norm)
+        is_pass = self.kind in PASSES
+        words += ["float32 scales"] * (not self.double_quant and not is_pass)
+        words += ["one weight"] * (not self.stacked and not is_pass)
         words += [f"{k}={v}" for k, v in self.tuning]
         return " ".join([*filter(None, words), self.implementation])
 
@@ -130,8 +129,9 @@ class Task:
     @property
     def bytes(self) -> int:
         """Bytes that one call must read and write."""
-        if self.kind in NORMS and self.shape:
-            return norm_operations.count_bytes(self.kind, self.shape, self.rows)
+        if self.kind in PASSES and self.shape:
+            module = PASSES[self.kind]
+            return module.count_bytes(self.kind, self.shape, self.rows)
         total = 0
         for (o, i), count in self.weights:
             wide = (o + i) * self.rows if self.rows else o * i
@@ -141,7 +141,10 @@ class Task:
 
     @property
     def flops(self) -> int:
-        """Operations of the product; 0 for dequantize."""
+        """Operations of the products; 0 for dequantize."""
+        if self.kind in PASSES and self.shape:
+            module = PASSES[self.kind]
+            return module.count_flops(self.kind, self.shape, self.rows)
         return sum(2 * self.rows * o * i * count for (o, i), count in self.weights)
 
     def request(self, traces: int) -> dict[str, Any]:
@@ -199,9 +202,13 @@ def tasks(
         add(0, "dequantize", None, model=model)
         add(1, "matmul", None, 1, model=model)
         add(5, "matmul", None, 16, model=model)
-        for kind in NORMS:
-            shape = (NORM_RANKS, MODELS[model].hidden_size)
-            add(2, kind, shape, NORM_ROWS, double_quant=False, stacked=False)
+        sizes = MODELS[model]
+        for kind in PASSES:
+            # Of a norm those of q, k and v; of the activation those of each layer.
+            shape = (3 * RANK, sizes.hidden_size)
+            if kind.startswith("gated"):
+                shape = (RANK, sizes.intermediate_size)
+            add(2, kind, shape, STEP_ROWS, double_quant=False, stacked=False)
     for shape in distinct(tuple(models)):
         add(2, "dequantize", shape)
         for rows in TUNED_ROWS:
@@ -378,7 +385,7 @@ def _rows_table(rows: list[dict[str, Any]]) -> list[str]:
                 r["rows"] or "",
                 *(
                     ("", "")
-                    if r["kind"] in NORMS
+                    if r["kind"] in PASSES
                     else (
                         "8-bit" if r["double_quant"] else "float32",
                         "yes" if r["stacked"] else "no",
@@ -436,7 +443,7 @@ def measure_peer(
         theirs = [
             replace(task, implementation="bitsandbytes", stacked=False)
             for task in todo
-            if task.implementation == "xla" and task.shape and task.kind not in NORMS
+            if task.implementation == "xla" and task.shape and task.kind not in PASSES
         ]
         # The same rows; failures apart, since only ours decide on the exit status.
         view = {**result, "failures": result["peer_failures"]}

@@ -50,7 +50,6 @@ from convert.tokenizer import load_tokenizer
 from pallas_kernels.nf4 import shapes
 from qlora_jax import nf4
 from qlora_jax import tree as trees
-from qlora_jax.choices import Norms
 from qlora_jax.errors import UserError
 from qlora_jax.inference.decode import generate_tokens
 from qlora_jax.lora.config import LoraConfig
@@ -264,8 +263,6 @@ class Training:
     optimizer: Any = "adamw"
     packed: bool = False
     """Four documents in a row."""
-    norms: Norms = "auto"
-    """Of `Compute`, which a run file does not have."""
 
 
 def train(
@@ -279,7 +276,11 @@ def train(
     lora, adapters = adapters_for(base, how.rank)
     settings, steps = how.settings, how.steps
     compute = Compute(
-        dtype=settings.dtype, kernels=settings.kernels, lora=lora, norms=how.norms
+        dtype=settings.dtype,
+        kernels=settings.kernels,
+        norms=settings.fusion,
+        activation=settings.fusion,
+        lora=lora,
     )
     number, rows, length = tokens.shape
     shape = (number, how.accumulation, rows // how.accumulation, length)
@@ -371,7 +372,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--steps", type=int, default=24, help="train: steps, the first apart"
     )
-    for name in ("remat", "attention", "embed_tokens", "lm_head", "kernels"):
+    for name in (
+        *("remat", "attention", "embed_tokens", "lm_head", "kernels", "fusion"),
+    ):
         hint = typing.get_type_hints(ModelConfig)[name]
         p.add_argument(
             f"--{name.replace('_', '-')}",
@@ -385,12 +388,6 @@ def parser() -> argparse.ArgumentParser:
         choices=("auto", "true", "false"),
         default="auto",
         help="train: as in [model] of a run file",
-    )
-    p.add_argument(
-        "--norms",
-        choices=typing.get_args(Norms),
-        default="auto",
-        help="train: norms on their own, or fused with the products that follow",
     )
     p.add_argument("--rank", type=int, default=16, help="of the adapters")
     p.add_argument("--accumulation", type=int, default=1, help="train: micro-batches")
@@ -448,9 +445,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         embed_tokens=args.embed_tokens,
         lm_head=args.lm_head,
         kernels=args.kernels,
+        fusion=args.fusion,
         scan_layers={"true": True, "false": False}.get(args.scan_layers, "auto"),
     )
-    names = ("steps", "rank", "accumulation", "optimizer", "packed", "norms")
+    names = ("steps", "rank", "accumulation", "optimizer", "packed")
     how = Training(settings=settings, **{name: getattr(args, name) for name in names})
     return train(config, base, tokens, how)
 

@@ -16,11 +16,17 @@ import jax.numpy as jnp
 from pallas_kernels import device, nf4_dequantize, nf4_matmul
 from pallas_kernels.nf4.shapes import MODELS, Model
 from qlora_jax import nf4
-from scripts.bench_gpu import norm_operations
+from scripts.bench_gpu import gated_operations, norm_operations
 from scripts.bench_gpu.timing import ceilings, failure, measure, random_key
 
 Request = Mapping[str, Any]
 Shape = tuple[int, int]
+PASSES: Mapping[str, Any] = {
+    kind: module
+    for module in (norm_operations, gated_operations)
+    for kind in module.KINDS
+}
+"""What is no product with a packed weight, and the module that has its operations."""
 # In place of a real model, and of any weight, in a dry run.
 NARROW = Model("narrow", 128, 256, 2, 2, 1, 64)
 # Bytes and width of what shows the ceilings there.
@@ -256,9 +262,10 @@ def narrowed(request: Request) -> Request:
     if jax.default_backend() != "gpu":
         narrow |= {"implementation": "xla", "tuning": {}}
     if request["rows"]:
-        narrow["rows"] = min(16, request["rows"])
+        most = 64 if request["kind"] in PASSES else 16  # what their kernels take
+        narrow["rows"] = min(most, request["rows"])
     if request["shape"]:
-        narrow["shape"] = (16 if request["kind"] in norm_operations.KINDS else 128, 256)
+        narrow["shape"] = (16 if request["kind"] in PASSES else 128, 256)
     return narrow
 
 
@@ -270,7 +277,7 @@ def answer(request: Request, *, dry_run: bool = False, **how: Any) -> dict[str, 
     how = {"traces": request.get("traces", 3), **how}
     if dry_run:
         how["seconds"] = 1e-3
-    module = norm_operations if request["kind"] in norm_operations.KINDS else None
+    module = PASSES.get(request["kind"])
     check, call_of = (
         (module.mismatch, module.weight_call)
         if module

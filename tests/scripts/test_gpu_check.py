@@ -60,7 +60,7 @@ def test_parts_come_in_order_of_importance():
     names = [part.name for part in parts()]
     assert names[:3] == [
         "train none xla",
-        "train none fused norms",
+        "train none fused",
         "train full xla",
     ]
     assert names[-1] == "tests"
@@ -88,7 +88,7 @@ def test_each_part_is_reported_and_the_next_still_runs():
     runner.run(parts("--peer-python", "p"), result["parts"], 1e4)
     outcome = "; ".join(f"{n}: {r['status']}" for n, r in result["parts"].items())
     assert outcome == (
-        "train none xla: ok; train none fused norms: ok; train full xla: ok; "
+        "train none xla: ok; train none fused: ok; train full xla: ok; "
         "train qwen3-8b recipe: ok; train none transformers: ok; "
         "train full transformers: ok; train qwen3-8b transformers: ok; "
         "train none unsloth: not available; train full unsloth: not available; "
