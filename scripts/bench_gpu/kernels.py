@@ -89,8 +89,8 @@ class Task:
     implementation: str
     """"xla", "pallas", "fused", "wgmma" or, of the peer, "bitsandbytes"."""
     shape: tuple[int, int] | None
-    """(O, I), of one of `PASSES` (ranks, features); None = a pass, all projections of all layers
-    of `model`."""
+    """(O, I), of one of `PASSES` (ranks, features); None = all projections of all
+    layers of `model`, in one pass."""
     rows: int = 0
     """Rows of `x`; 0 for dequantize."""
     double_quant: bool = True
