@@ -79,6 +79,7 @@ def list_parts(args: argparse.Namespace) -> list[Part]:
     """Lists the parts, the most important first."""
     # "none" and "save_matmuls" have a program for each layer, unless it is a loop.
     fused, loop = ("--fusion", "fused"), ("--scan-layers", "true")
+    separate = ("--lora-products", "separate")
     packed = (*loop, "--packed", "--attention", "pallas")
     recipe = ("--size", "qwen3-8b", "--accumulation", "4", "--packed")
     recipe += ("--optimizer", "adamw_8bit", "--steps", "8")
@@ -97,6 +98,7 @@ def list_parts(args: argparse.Namespace) -> list[Part]:
         train_part(args, "xla", "save_matmuls"),
         train_part(args, "xla", "save_matmuls", *loop, name="save_matmuls loop"),
         train_part(args, "xla", "save_matmuls", *packed, name="packed attention"),
+        train_part(args, "xla", "none", *separate, name="none separate adapters"),
     ]
     for size in ("qwen3-0.6b", "qwen3-1.7b"):
         parts.append(train_part(args, "xla", "auto", "--size", size, name=size))

@@ -50,6 +50,7 @@ from convert.tokenizer import load_tokenizer
 from pallas_kernels.nf4 import shapes
 from qlora_jax import nf4
 from qlora_jax import tree as trees
+from qlora_jax.choices import LoraProducts
 from qlora_jax.errors import UserError
 from qlora_jax.inference.decode import generate_tokens
 from qlora_jax.lora.config import LoraConfig
@@ -263,6 +264,8 @@ class Training:
     optimizer: Any = "adamw"
     packed: bool = False
     """Four documents in a row."""
+    lora_products: LoraProducts = "auto"
+    """Of `Compute`, which a run file does not have."""
 
 
 def train(
@@ -280,6 +283,7 @@ def train(
         kernels=settings.kernels,
         norms=settings.fusion,
         activation=settings.fusion,
+        lora_products=how.lora_products,
         lora=lora,
     )
     number, rows, length = tokens.shape
@@ -389,6 +393,12 @@ def parser() -> argparse.ArgumentParser:
         default="auto",
         help="train: as in [model] of a run file",
     )
+    p.add_argument(
+        "--lora-products",
+        choices=typing.get_args(LoraProducts),
+        default="auto",
+        help="train: of adapters, joined with those of the weights or separate",
+    )
     p.add_argument("--rank", type=int, default=16, help="of the adapters")
     p.add_argument("--accumulation", type=int, default=1, help="train: micro-batches")
     p.add_argument(
@@ -448,7 +458,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         fusion=args.fusion,
         scan_layers={"true": True, "false": False}.get(args.scan_layers, "auto"),
     )
-    names = ("steps", "rank", "accumulation", "optimizer", "packed")
+    names = ("steps", "rank", "accumulation", "optimizer", "packed", "lora_products")
     how = Training(settings=settings, **{name: getattr(args, name) for name in names})
     return train(config, base, tokens, how)
 

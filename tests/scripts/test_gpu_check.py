@@ -94,6 +94,7 @@ def test_each_part_is_reported_and_the_next_still_runs():
         "train none unsloth: not available; train full unsloth: not available; "
         "train save_matmuls xla: out of time; "
         "train save_matmuls loop: out of time; train packed attention: out of time; "
+        "train none separate adapters: ok; "
         "train qwen3-0.6b: ok; train qwen3-1.7b: ok; attention: ok; kernels: ok; "
         "decode 1 xla: ok; decode 1 pallas: not available; train full pallas: ok; "
         "decode 16 xla: ok; decode 16 pallas: not available; train 131072 full: ok; "
