@@ -45,10 +45,8 @@ def _problems(model: Llama, adapters: Any, rows: int, quantized: bool) -> Iterat
     config, compute = model.config, model.compute
     layers = adapters.get("model", {}).get("layers", {})
     if not compute.joins_products:
-        yield (
-            "a CPU: only on a GPU are the products of adapters part of those with the "
-            "weights"
-        )
+        where = "remat = 'offload'" if compute.remat == "offload" else "a CPU"
+        yield f"{where}: there the products of adapters are not part of the weights'"
         return
     if not quantized or config.family.fused or compute.kernels == "pallas":
         yield (

@@ -1,9 +1,13 @@
 """A run says where the one-pass kernels it asks for have no effect."""
 
 import re
+from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 
+from pallas_kernels import device
+from qlora_jax.choices import Remat
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.functional import abstract_adapters
 from qlora_jax.models.config import LlamaConfig
@@ -17,7 +21,7 @@ CONFIG = {
     **{"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4},
     **{"num_key_value_heads": 2, "rms_norm_eps": 1e-5, "tie_word_embeddings": True},
 }
-FUSED = {"norms": "fused", "activation": "fused", "lora_products": "joined"}
+FUSED = {"norms": "fused", "activation": "fused"}
 
 
 def note(*, rows=256, config=None, quantized=True, compute=None, **lora):
@@ -30,9 +34,13 @@ def note(*, rows=256, config=None, quantized=True, compute=None, **lora):
 
 
 @pytest.fixture
-def hopper(monkeypatch):
-    from pallas_kernels import device
+def on_hopper(monkeypatch):
+    gpu = SimpleNamespace(platform="gpu", compute_capability="9.0")
+    monkeypatch.setattr(device, "this_device", lambda: gpu)
 
+
+@pytest.fixture
+def hopper(on_hopper, monkeypatch):
     monkeypatch.setattr(device, "kernel_refusals", lambda interpret: [])
 
 
@@ -42,7 +50,7 @@ def hopper(monkeypatch):
     [
         ({}, None),
         ({"compute": {"norms": "separate"}}, None),  # nobody asked
-        ({"compute": {"lora_products": "separate"}}, "effect on a CPU"),
+        ({"compute": {"remat": "offload"}}, "effect on remat = 'offload'"),
         ({"quantized": False}, "this model: it is for packed"),
         ({"compute": {"kernels": "pallas"}}, "that XLA dequantizes"),
         ({"rows": 40}, "a multiple of 16 rows, not 40"),
@@ -65,6 +73,17 @@ def test_what_is_not_computed_in_one_pass_is_said(change, expected):
         assert re.search(expected, said) and said.startswith("Note: model.fusion")
 
 
+def test_adapters_are_joined_on_a_gpu_unless_rows_are_the_longest(on_hopper):
+    joined = {r: Compute(remat=r).joins_products for r in get_args(Remat)}
+    assert joined == dict.fromkeys(joined, True) | {"offload": False}
+    assert Compute(remat="offload", lora_products="joined").joins_products
+
+
+def test_on_a_cpu_adapters_are_not_joined():
+    assert not Compute().joins_products
+    assert "effect on a CPU" in note()
+
+
 def test_without_a_hopper_gpu_the_reason_is_the_device():
     expected = "they need an NVIDIA GPU|the kernels need jax 0.11"
-    assert re.search(expected, note())
+    assert re.search(expected, note(compute={"lora_products": "joined"}))
