@@ -182,13 +182,15 @@ def products(
         shares_s, totals_s = take(2) if parts is not None else (None, None)
         left_s: list[Any] = take(2) if sums_left else [None, None]
         values_s, sums_left_s = left_s
-        layer_index = clip_layer(layer[0], stacks[0][0].shape[0])
         block = jax.lax.axis_index("block")
         group = jax.lax.axis_index("group")
         warps = pl.ds(group * WARPS, WARPS)
 
+        # Computed where they are needed: threads have no registers to spare.
+        def this_layer() -> Any:
+            return clip_layer(layer[0], stacks[0][0].shape[0])
+
         def next_layer() -> Any:
-            # Computed where it is needed: threads have no register to spare.
             return layer_of(layer[0], following)
 
         def first_unit(start: int) -> Any:
@@ -203,8 +205,8 @@ def products(
                 rows = pl.ds(unit * UNIT, UNIT)
                 scales = pl.ds(unit * UNIT * blocks, UNIT * blocks)
                 for ref in (
-                    codes.at[layer_index, rows, warps],
-                    absmax.at[layer_index, scales],
+                    codes.at[this_layer(), rows, warps],
+                    absmax.at[this_layer(), scales],
                 ):
                     mosaic.prefetch(ref, interpret=interpreted)
             if next_a is not None:
@@ -236,7 +238,7 @@ def products(
 
             @pl.when(group == number % groups)
             def _(source: Any = stacks[w][4], target: Any = quant_map[w]) -> None:
-                target[...] = mosaic.load(source.at[layer_index], 2)
+                target[...] = mosaic.load(source.at[this_layer()], 2)
 
         plgpu.barrier_arrive(ready)
         plgpu.barrier_wait(ready)
@@ -250,6 +252,7 @@ def products(
         def multiply(w: int, unit: Any) -> jax.Array:
             """Returns a warpgroup's share of the sums: of a quarter for each warp."""
             codes, absmax, *levels = stacks[w]
+            layer_index = this_layer()
             # "Row" 16 q + r of a warpgroup is the share of its warp q in row r.
             row = mosaic.iota((ROWS, columns), 0)
             index = (unit * UNIT + row % UNIT) * blocks
@@ -306,7 +309,7 @@ def products(
                 def term(i: Any, value: jax.Array) -> jax.Array:
                     for k in range(unroll):
                         number = i * unroll + k
-                        b = gather(bs[w].at[layer_index], b_start + number, x.dtype)
+                        b = gather(bs[w].at[this_layer()], b_start + number, x.dtype)
                         a = from_totals(m, first + number)
                         value = value + b.astype(jnp.float32) * a
                     return value
@@ -330,7 +333,7 @@ def products(
                 values_s[1] = y.astype(out.dtype).astype(jnp.float32)
             # Also a barrier of the warpgroup; the next unit's come after another one.
             values_s[0] = value
-            new = mosaic.load(sums_left_s, 1) + terms(
+            new = terms(
                 following,
                 values_s.at[0],
                 values_s.at[following.squares],
@@ -340,6 +343,8 @@ def products(
                 features=UNIT,
                 interpret=interpreted,
             )
+            # Earlier units' sums; loaded before, they would be in the way.
+            new = new + mosaic.load(sums_left_s, 1)
             layout = mosaic.strided(new.shape)
             mosaic.store(sums_left_s, new, layout, interpret=interpreted)
 
@@ -367,17 +372,19 @@ def products(
 
         # Units that this block of threads has computed; the sums of one are added up
         # by one warpgroup while the others go on, so there are two places for them.
-        turn: Any = jnp.int32(0)
+        before: Any = 0
         for segment, start in enumerate(starts):
             first = first_unit(start)
 
             def step(
                 i: Any,
-                turn: Any,
+                carry: None,
                 segment: int = segment,
                 first: Any = first,
-            ) -> Any:
-                unit, slot = first + i * grid, turn % 2
+                before: Any = before,
+            ) -> None:
+                unit, turn = first + i * grid, before + i
+                slot = turn % 2
                 fetch(segment, unit + grid)
                 for n, w in enumerate(together[segment]):
                     sums = multiply(w, unit)
@@ -392,10 +399,9 @@ def products(
                 def _() -> None:
                     finish(segment, slot, unit, unit + grid >= units[segment])
 
-                return turn + 1
-
             number = (units[segment] - first + grid - 1) // grid
-            turn = jax.lax.fori_loop(0, number, step, turn)
+            jax.lax.fori_loop(0, number, step, None)
+            before = before + number
 
     width = rows * COLUMN
     scratch = [

@@ -234,8 +234,9 @@ def terms(
             new = x * x if new is None else jnp.where(column < squares, x * x, new)
         return new
 
-    # Up to eight registers of loads are under way.
-    unroll = math.gcd(each, max(1, 8 * WARPGROUP // element.shape[0]))
+    # As many loads are under way as there are registers for.
+    most = 4 if squares else 8
+    unroll = math.gcd(each, max(1, most * WARPGROUP // element.shape[0]))
 
     def more(n: Any, value: jax.Array) -> jax.Array:
         for k in range(unroll):

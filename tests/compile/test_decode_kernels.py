@@ -4,7 +4,6 @@ Compiled without a GPU (`make compile`); the PTX is then interpreted (ptx.py), a
 tells the registers. Times are absent.
 """
 
-import re
 from typing import Any
 
 import jax.numpy as jnp
@@ -210,10 +209,6 @@ def test_every_access_says_which_memory_it_means(case, kernel):
             assert i.op[1] in ("global", "shared", "param"), i.text
 
 
-def test_an_older_device_compiles_them(compile_kernels):
-    for kernel in compile_kernels([REAL[4], REAL[6], REAL_INNER[0]], "a100-80"):
-        # ptxas keeps up to three of 64 registers in memory here.
-        spilled = re.search(r"(\d+) bytes spill stores", kernel.report)
-        assert spilled is not None and int(spilled[1]) <= 12
-        assert kernel.registers * kernel.launch.threads <= 65536
-        assert kernel.launch.shared <= 101376
+def test_an_older_device_compiles_them_without_spills(compile_kernels):
+    for kernel in compile_kernels([*REAL[:8], REAL_INNER[0]], "a100-80"):
+        kernel.assert_fits(kernel.launch.threads, shared=101376)
