@@ -218,9 +218,9 @@ def test_tables_trained_whole_cost_their_gradients(compile_step, full):
     # Weights, moments: updated in place.
     grown = program.memory["aliased"] - full.memory["aliased"]
     assert grown == pytest.approx(3 * both, rel=1e-6)
-    # A layer at work, or the loss: of jax 0.11 a chunk's gradient of the head is written
-    # before it is added, beside the layers' inputs, the chunk's logits in float32 and
-    # their gradient in bf16.
+    # A layer at work, or the loss: of jax 0.11 a chunk's gradient of the head is
+    # written before it is added, beside the layers' inputs, the chunk's logits in
+    # float32 and their gradient in bf16.
     chunk, inputs = 512, 2 * 32 * 8192 * d
     written = ("f32", (d, vocab)) in program.shapes()
     loss = inputs + written * (4 * d + (4 + 2) * chunk) * vocab
