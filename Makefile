@@ -40,15 +40,16 @@ help:
 	@echo "targets: demo test unit lint types format docs peer compile fuzz bench gpu clean"
 
 # The stamp is written last: an interrupted installation starts over. A venv made by a
-# Python that has since gone is made anew.
+# Python that has since gone is made anew. Bytecode is compiled for what is imported, as it
+# is imported.
 $(VENV)/.installed: pyproject.toml
 	@$(CHECK_PYTHON)
 	@$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'
 	@touch $@
 
 # What the demo needs alone takes a third of the time to install; an environment for
-# development has it. Bytecode is compiled for what is imported, as it is imported.
+# development has it.
 $(VENV)/.runtime: pyproject.toml
 	@$(CHECK_PYTHON)
 	@$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
@@ -98,10 +99,10 @@ peer: $(VENV_PEER)/.installed
 # of them, `jax[cuda13]`, are 4 GB). It compiles for a device that need not be there.
 $(VENV_GPU)/.installed: pyproject.toml
 	@$(VENV_GPU)/bin/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV_GPU)
-	$(VENV_GPU)/bin/python -m pip install --quiet --editable '.[dev]' \
+	$(VENV_GPU)/bin/python -m pip install --quiet --no-compile --editable '.[dev]' \
 	  $(if $(JAX_GPU),jax==$(JAX_GPU))
 	jax=$$($(VENV_GPU)/bin/python -c 'import jax; print(jax.__version__)') && \
-	  $(VENV_GPU)/bin/python -m pip install --quiet --no-deps \
+	  $(VENV_GPU)/bin/python -m pip install --quiet --no-compile --no-deps \
 	    "jax-cuda13-plugin==$$jax" "jax-cuda13-pjrt==$$jax" nvidia-cudnn-cu13 \
 	    nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime
 	@touch $@
