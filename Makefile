@@ -12,6 +12,8 @@ VENV ?= .venv
 VENV_PEER ?= .venv-peer
 VENV_GPU ?= .venv-gpu
 VENV_CUDA ?= .venv-cuda
+# A version of jax for VENV_GPU, in place of the newest.
+JAX_GPU ?=
 # Test processes. XLA compiles in the main thread, so one process a core pays.
 JOBS ?= 2
 # Given on the command line: MODEL and DATA for the demo, ARGS for pytest or a script.
@@ -38,15 +40,16 @@ help:
 	@echo "targets: demo test unit lint types format docs peer compile fuzz bench gpu clean"
 
 # The stamp is written last: an interrupted installation starts over. A venv made by a
-# Python that has since gone is made anew.
+# Python that has since gone is made anew. Bytecode is compiled for what is imported, as it
+# is imported.
 $(VENV)/.installed: pyproject.toml
 	@$(CHECK_PYTHON)
 	@$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'
 	@touch $@
 
 # What the demo needs alone takes a third of the time to install; an environment for
-# development has it. Bytecode is compiled for what is imported, as it is imported.
+# development has it.
 $(VENV)/.runtime: pyproject.toml
 	@$(CHECK_PYTHON)
 	@$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
@@ -96,9 +99,10 @@ peer: $(VENV_PEER)/.installed
 # of them, `jax[cuda13]`, are 4 GB). It compiles for a device that need not be there.
 $(VENV_GPU)/.installed: pyproject.toml
 	@$(VENV_GPU)/bin/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV_GPU)
-	$(VENV_GPU)/bin/python -m pip install --quiet --editable '.[dev]'
+	$(VENV_GPU)/bin/python -m pip install --quiet --no-compile --editable '.[dev]' \
+	  $(if $(JAX_GPU),jax==$(JAX_GPU))
 	jax=$$($(VENV_GPU)/bin/python -c 'import jax; print(jax.__version__)') && \
-	  $(VENV_GPU)/bin/python -m pip install --quiet --no-deps \
+	  $(VENV_GPU)/bin/python -m pip install --quiet --no-compile --no-deps \
 	    "jax-cuda13-plugin==$$jax" "jax-cuda13-pjrt==$$jax" nvidia-cudnn-cu13 \
 	    nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime
 	@touch $@
@@ -114,7 +118,8 @@ compile-tests: $(VENV_GPU)/.installed
 	$(VENV_GPU)/bin/python -m pytest $(KERNEL_TESTS) -n $(JOBS) --dist loadfile \
 	  --no-loadscope-reorder -m "compile or interpret" $(ARGS)
 
-# 20,000 damaged files of every kind, of which the tests try 1,000, and 50 killed processes.
+# 20,000 damaged files of every kind, of which the tests try 1,000, and 50 processes of a
+# run that are killed, of which they try 16.
 fuzz: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/test_fuzz.py tests/scripts/test_kill_runs.py -m fuzz $(ARGS)
 

@@ -109,8 +109,7 @@ def list_parts(args: argparse.Namespace) -> list[Part]:
     if args.model:
         options = ("--checkpoint", str(args.model), "--batch", "4", "--length", "512")
         command = bench_gpu("model", "train", *options)
-        summary = f"24 training steps of {args.model}"
-        parts.append(Part("train checkpoint", command, 150, summary))
+        parts.append(Part("train checkpoint", command, 150, f"train {args.model}"))
     # Few steps: what matters is the memory that they take, and that was planned.
     parts.append(long_row_part(args, 131072, "full", steps=2, limit=300))
     parts.append(long_row_part(args, 262144, "offload", steps=1, limit=500))
@@ -119,9 +118,9 @@ def list_parts(args: argparse.Namespace) -> list[Part]:
             peer_part(args, f"decode {n} {_HF}", _HF, "decode", "--batch", str(n))
             for n in (1, 16)
         ]
-    tests = (sys.executable, "-m", "pytest", *gpu_tests(), "-m", "gpu", "-q", "-rf")
-    tests += ("-p", "no:cacheprovider")
-    return [*parts, Part("tests", tests, 240, "the tests marked gpu")]
+    tests = ("-m", "pytest", *gpu_tests(), *"-m gpu -q -rf -p no:cacheprovider".split())
+    command = (sys.executable, *tests)
+    return [*parts, Part("tests", command, 240, "the tests marked gpu")]
 
 
 def bench_gpu(*arguments: str) -> tuple[str, ...]:

@@ -18,8 +18,8 @@ status is 1 if they differ. With `--signal TERM` each process is asked to stop a
 print the command that continues the run, which starts the next process. `--every 1`
 writes a checkpoint at each step, so that most signals meet one. With `--calls` each
 process is killed at one of its operations on files of the run (opening, making,
-renaming, deleting), from the first to the last: just before it, or within the next
-milliseconds, while the file is written. `--fork` starts
+renaming, deleting), from the first to the last, or with a number N at every N-th: just
+before it, or within the next milliseconds, while the file is written. `--fork` starts
 processes as forks of one that has imported everything but has touched no device, which
 saves the seconds that importing takes; otherwise each is started as a user starts it.
 """
@@ -456,9 +456,8 @@ def kill_repeatedly(
         late = rng.uniform(0.0, window)
         if args.calls:
             late = rng.choice((0.0, rng.uniform(0.0, WRITING_SECONDS)))
-            when = launcher.kill_at_call(
-                ["train", command], run / METRICS, kill + 1, late
-            )
+            call = 1 + kill * args.calls
+            when = launcher.kill_at_call(["train", command], run / METRICS, call, late)
         else:
             when = launcher.interrupt(
                 ["train", command], run / METRICS, number, early, late
@@ -481,7 +480,7 @@ def kill_repeatedly(
 def measure_storm(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
     """Trains without and with interruptions and compares; returns the figures."""
     straight, file = write_run_files(args, directory)
-    launcher = Launcher(directory, args.fork or args.calls)
+    launcher = Launcher(directory, args.fork or args.calls > 0)
     total = launcher.finish(["train", str(straight)])
     rows = read_metrics(directory / "straight")
     training = sum(row["seconds"] for row in rows[1:])
@@ -542,7 +541,15 @@ def parser() -> argparse.ArgumentParser:
     s.add_argument("--signal", choices=("KILL", "TERM"), default="KILL")
     s.add_argument("--every", type=int, help="steps between checkpoints")
     s.add_argument("--seed", type=int, default=0)
-    s.add_argument("--calls", action="store_true", help="kill at operations on files")
+    s.add_argument(
+        "--calls",
+        type=int,
+        nargs="?",
+        const=1,
+        default=0,
+        metavar="N",
+        help="kill at every N-th operation on files",
+    )
     s.add_argument("--fork", action="store_true", help="import once, then fork")
     s.add_argument("--directory", type=Path, help="to work in; default temporary")
     s.add_argument("--verbose", action="store_true")

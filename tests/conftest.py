@@ -77,6 +77,10 @@ TESTS = ROOT / "tests"
 # What takes longest comes first (with `--no-loadscope-reorder`), so that no process is
 # left alone with it at the end. Nothing but time depends on this list.
 LONG = (
+    "compile/test_plans.py",
+    "pallas_kernels/attention/test_api.py",
+    "compile/test_attention_kernels.py",
+    "compile/test_decode_step.py",
     "scripts/test_kill_runs.py",
     "test_notebooks.py",
     "runs/test_runner_adapters.py",

@@ -335,6 +335,15 @@ def test_dotted_names_in_programs_and_pages_exist():
     assert not missing
 
 
+def test_tests_of_kernels_are_where_make_compile_collects_them():
+    makefile = (ROOT / "Makefile").read_text()
+    folders = re.search(r"^KERNEL_TESTS := (.*)$", makefile, re.M)[1].split()
+    for path in (ROOT / "tests").rglob("*.py"):
+        if re.search(r"^[^#]*\bmark\.(compile|interpret)\b", path.read_text(), re.M):
+            name = path.relative_to(ROOT).as_posix()
+            assert name.startswith(tuple(f"{folder}/" for folder in folders)), name
+
+
 # --- Size, names, docstrings ---
 
 

@@ -69,10 +69,11 @@ from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.step import init_state
 from scripts.bench_gpu.worker import ROOT
 
-# Device -> bytes/s that a large copy reaches, read and written.
-# (H100: the share of its data sheet that an H200 reaches.)
+# Device -> bytes/s that a large copy reaches, read and written: of an H200 a copy of
+# 8.6 GB by PyTorch, measured; of an H100 (SXM) the best published kernel, Liger's
+# SwiGLU. Both are 0.90 of the data sheet.
 COPY = {"NVIDIA H200": 4.3e12, "NVIDIA H100 80GB HBM3": 3.0e12}
-# Device -> bf16 operations/s of the data sheet, dense.
+# Device -> bf16 operations/s of NVIDIA's data sheets of the SXM modules, dense.
 PEAK = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12}
 
 _QWEN3 = {

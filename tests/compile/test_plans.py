@@ -162,10 +162,11 @@ def test_a_card_s_longest_row_is_found_and_checked_on_both_sides(gpu_compiler):
 
 
 def test_two_to_the_31_elements_and_more_are_compiled(gpu_compiler):
-    # [tokens, hidden_size] of 2^32 elements, of which every layer's is offloaded.
-    step = RUNGS["offload, tables, xla"].apply(step_of("1b", 1 << 21))
+    # [tokens, hidden_size] of 2^31 elements, of which every layer's is offloaded. (With
+    # twice the tokens the table of attention's blocks has four times the constants.)
+    step = RUNGS["offload, tables, xla"].apply(step_of("1b", 1 << 20))
     made = compile_for(step, CARDS["h200"], python=gpu_compiler).memory
-    assert made.host_activations == 2 * 16 * 2048 << 21
+    assert made.host_activations == 2 * 16 * 2048 << 20
     formula = estimate.step_memory(step)
     assert formula.device_bytes == pytest.approx(made.device_bytes, rel=0.1)
 

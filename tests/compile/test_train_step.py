@@ -213,11 +213,19 @@ def test_dora_dequantizes_and_multiplies_nothing_twice(compile_step, full):
 def test_tables_trained_whole_cost_their_gradients(compile_step, full):
     tables = {"modules_to_save": ("embed_tokens", "lm_head")}
     program = compile_step(LLAMA_8B, lora=tables)
-    both = 2 * 4 * LLAMA_8B["vocab_size"] * LLAMA_8B["hidden_size"]
+    vocab, d = LLAMA_8B["vocab_size"], LLAMA_8B["hidden_size"]
+    both = 2 * 4 * vocab * d
     # Weights, moments: updated in place.
     grown = program.memory["aliased"] - full.memory["aliased"]
     assert grown == pytest.approx(3 * both, rel=1e-6)
-    assert program.memory["temporaries"] <= full.memory["temporaries"] + both
+    # A layer at work, or the loss: of jax 0.11 a chunk's gradient of the head is
+    # written before it is added, beside the layers' inputs, the chunk's logits in
+    # float32 and their gradient in bf16.
+    chunk, inputs = 512, 2 * 32 * 8192 * d
+    written = ("f32", (d, vocab)) in program.shapes()
+    loss = inputs + written * (4 * d + (4 + 2) * chunk) * vocab
+    most = max(full.memory["temporaries"], loss)
+    assert program.memory["temporaries"] <= most + both
 
 
 def test_offload_keeps_nothing_of_the_layers_on_the_device(compile_step):

@@ -94,26 +94,32 @@ STORMS = {
         ("--kills", "16", "--fork"),
         {"while training": 8, "left half a checkpoint": 1},
     ),
-    "operations on files": (30, ("--kills", "40", "--calls"), {"while starting": 10}),
+    "operations on files": (
+        30,
+        ("--kills", "20", "--calls", "2"),
+        {"while starting": 5, "while training": 1},
+    ),
     "processes": (12, ("--kills", "2"), {}),
     "asked to stop": (
         30,
         ("--kills", "5", "--signal", "TERM", "--fork"),
         {"said how to go on": 2},
     ),
-    # As many as take two minutes: `make fuzz`.
+    # As many as take minutes: `make fuzz`.
+    "every operation": (30, ("--kills", "40", "--calls"), {"while starting": 10}),
     "many forks": (
         120,
         ("--kills", "50", "--fork"),
         {"while training": 30, "left half a checkpoint": 5},
     ),
 }
+MANY = ("every operation", "many forks")
 
 
 @pytest.mark.parametrize(
     ("steps", "options", "least"),
     [
-        pytest.param(*storm, marks=[pytest.mark.fuzz] * (name == "many forks"), id=name)
+        pytest.param(*storm, marks=[pytest.mark.fuzz] * (name in MANY), id=name)
         for name, storm in STORMS.items()
     ],
 )

@@ -122,17 +122,18 @@ def test_rows_of_a_batch_have_their_own_segments(
 
 
 @pytest.mark.parametrize(
-    "variant, choice",
+    "variant, choice, packed",
     [
-        (Variant(windows=(1,)), None),  # itself alone
-        (Variant(windows=(128,)), None),  # a block
-        (Variant(windows=(200,), scale=0.3), None),
-        (Variant(windows=(None, 70), softcap=2.0), 0),
-        (Variant(windows=(None, 70), softcap=2.0), 1),
-        (Variant(windows=(1000,)), None),  # no row reaches it
+        (Variant(windows=(1,)), None, False),  # itself alone
+        (Variant(windows=(128,)), None, True),  # a block
+        (Variant(windows=(200,), scale=0.3), None, False),
+        (Variant(windows=(200,), scale=0.3), None, True),
+        (Variant(windows=(None, 70), softcap=2.0), 0, True),
+        (Variant(windows=(None, 70), softcap=2.0), 1, False),
+        (Variant(windows=(None, 70), softcap=2.0), 1, True),
+        (Variant(windows=(1000,)), None, False),  # no row reaches it
     ],
 )
-@pytest.mark.parametrize("packed", [False, True])
 def test_windows_caps_and_scales(
     implementation, variant, choice, packed, packed_row, inputs, check
 ):
