@@ -174,10 +174,6 @@ def compile_step(
         capability = str(jax.local_devices()[0].compute_capability) if is_gpu else None
         attention, note = packed_attention(model, capability=capability)
         notes = () if note is None else (note,)
-    quantized = settings.quantization != "none"
-    tokens = plain.tokens
-    if note := fusion_note(model, state.adapters, tokens, quantized=quantized):
-        notes = (*notes, note)
     allowed = policies(
         remat=settings.remat,
         scan_layers=_scan_layers(settings),
@@ -200,7 +196,11 @@ def compile_step(
         compiled = _compile_policy(
             model, optimizer, plain, policy, arguments, gpu, tuning
         )
-        compiled = dataclasses.replace(compiled, notes=notes)
+        # Of the policy: some compute the MLP in chunks.
+        sizes = inputs.batch["tokens"].shape[1:]
+        note = fusion_note(compiled.model, base, state.adapters, *sizes)
+        said = notes if note is None else (*notes, note)
+        compiled = dataclasses.replace(compiled, notes=said)
         if not compiled.plan.fits:
             too_large.append(compiled.plan)
             continue
