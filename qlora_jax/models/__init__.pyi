@@ -12,6 +12,7 @@ from .config import read_changes as read_changes
 from .config import undo_changes as undo_changes
 from .config_notes import unread_fields as unread_fields
 from .layers import Compute as Compute
+from .layers import mlp_chunks as mlp_chunks
 from .layers import mlp_tokens as mlp_tokens
 from .llama import Cache as Cache
 from .llama import Llama as Llama

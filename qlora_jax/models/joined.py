@@ -81,7 +81,7 @@ def joined_linear(
     *,
     interleaved: bool = False,
 ) -> list[Float[Array, "*B O"]]:
-    """Applies linear layers to one input, as one product.
+    """Applies linear layers to one input, as one product if that is wider than it.
 
     Args:
       x: inputs, features last.
@@ -93,6 +93,9 @@ def joined_linear(
     Returns:
       The output of each layer.
     """
+    if len(layers) > 1 and not can_fuse_norm(layers):
+        # Together no wider than their input: beside it there are no columns to share.
+        return [out for layer in layers for out in joined_linear(x, [layer])]
     joined = _Joined.of(layers, interleaved)
     y: Any = _joined(joined.static, x, joined.weights, joined.factors, joined.scaling)
     return joined.outputs(y)

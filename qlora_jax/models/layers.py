@@ -112,6 +112,11 @@ class Compute:
         return None if self.kernels == "auto" else self.kernels
 
     @property
+    def reads_stacks(self) -> bool:
+        """Whether kernels read packed weights out of the stacks of all layers."""
+        return self.kernels == "pallas" or (self.kernels == "auto" and measured())
+
+    @property
     def joins_products(self) -> bool:
         """Whether updates of adapters are part of the products with the weights."""
         if self.lora_products != "auto":
@@ -141,8 +146,7 @@ class Compute:
         Args:
           variables: {"params": base, "lora": adapters}.
         """
-        pallas = self.kernels == "pallas" or (self.kernels == "auto" and measured())
-        if not pallas or "stacks" in variables:
+        if not self.reads_stacks or "stacks" in variables:
             return dict(variables)
         params, stacks = nf4.lift_stacks(variables["params"])
         return {**variables, "params": params, "stacks": stacks}

@@ -120,6 +120,8 @@ class CompiledStep:
             "attention": plan.policy.attention,
             "embed_tokens": plan.policy.embed_tokens,
             "lm_head": plan.policy.lm_head,
+            "kernels": self.model.compute.kernels,
+            "fusion": self.model.compute.norms,
             "device_bytes": device_bytes(plan.memory),
             "host_bytes": plan.memory.host_bytes,
             "eval_bytes": self.eval_bytes,
@@ -196,13 +198,11 @@ def compile_step(
         compiled = _compile_policy(
             model, optimizer, plain, policy, arguments, gpu, tuning
         )
-        fusion = fusion_note(
-            compiled.model,
-            state.adapters,
-            plain.tokens,
-            quantized=settings.quantization != "none",
-        )
-        said = (*notes, *filter(None, [fusion]))
+        # Of the policy: some compute the MLP in chunks.
+        sizes = inputs.batch["tokens"].shape[1:]
+        note = fusion_note(compiled.model, base, state.adapters, *sizes)
+        changed = _changed_choices(recorded or {}, compiled.report())
+        said = (*notes, *filter(None, (note, changed)))
         compiled = dataclasses.replace(compiled, notes=said)
         if not compiled.plan.fits:
             too_large.append(compiled.plan)
@@ -214,6 +214,29 @@ def compile_step(
         return _with_eval(compiled, arguments)
     nearest = min(too_large, key=lambda plan: plan.total)
     raise UserError(planner.too_large(nearest) + more_memory_advice())
+
+
+def _changed_choices(
+    recorded: Mapping[str, Any], report: Mapping[str, Any]
+) -> str | None:
+    """Returns a note on what is computed in another way than before, or None.
+
+    Args:
+      recorded: `CompiledStep.report()` of the run that is continued.
+      report: the same of now.
+    """
+    changes = [
+        f"{name}: {recorded[name]} -> {report[name]}"
+        for name in ("remat", "scan_layers", "attention", "kernels", "fusion")
+        if name in recorded and recorded[name] != report[name]
+    ]
+    if not changes:
+        return None
+    return (
+        f"Note: the run is continued with other choices ({'; '.join(changes)}). They "
+        "may round differently: the result is as valid, and need not be bit for bit "
+        "that of a run without the change."
+    )
 
 
 def packed_attention(

@@ -73,6 +73,7 @@ from qlora_jax.runs.loading import base_options, say_notes, say_unused
 from qlora_jax.runs.metrics import check_trackers
 from qlora_jax.runs.publishing import published
 from qlora_jax.runs.resume import check_continues, newest_record
+from qlora_jax.runs.rows import read_facts
 from qlora_jax.runs.sources import Sources, find_sources, hub_names
 from qlora_jax.training import Group, note_idle, optimizer_groups
 
@@ -531,7 +532,11 @@ def _compile(
     now = environment()
     tuning = Tuning(now)
     if resumed and (directory / STARTED).is_file():
-        started = convert.read_json(directory / STARTED)
+        problems: list[str] = []
+        # What is damaged costs a note, and not the run.
+        started = read_facts(directory / STARTED, problems) or {}
+        for problem in problems:
+            say(f"Note: {problem}")
         recorded = started.get("plan")
         note_changes(started, now)
         if jax.default_backend() == "gpu":

@@ -51,6 +51,8 @@ CASES = {
     "alike, for interleaving": [layer(48, 4, 20), layer(48, 4, 30, double_quant=False)],
     "narrower than the input": [layer(24, 4, 40)],
     "as wide as the input": [layer(64, 5, 50)],
+    "no wider together": [layer(24, 4, 110, bias=True), layer(40, 3, 120)],
+    "narrow, for interleaving": [layer(24, 4, 130), layer(24, 17, 140)],
     "a rank beyond the padding": [layer(80, 17, 60), layer(16, 16, 70)],
     "with biases": [layer(96, 4, 80, bias=True), layer(32, 4, 90, bias=True)],
     "a traced scaling": [layer(96, 4, 100, scaling=jnp.float32(1.5))],
@@ -72,7 +74,11 @@ def outputs_and_gradients(function, layers, x, cotangents):
 
 @pytest.mark.parametrize(
     ("case", "interleaved"),
-    [*((case, False) for case in CASES), ("alike, for interleaving", True)],
+    [
+        *((case, False) for case in CASES),
+        ("alike, for interleaving", True),
+        ("narrow, for interleaving", True),
+    ],
 )
 def test_outputs_and_gradients_are_those_of_the_layers(case, interleaved):
     layers = CASES[case]

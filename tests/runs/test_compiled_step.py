@@ -145,6 +145,42 @@ def test_a_continued_run_keeps_its_policy(make, plain, tmp_path):
     assert run(dataclasses.replace(config, train=longer))["plan"]["policy"] == "full"
 
 
+def test_what_a_continued_run_computes_in_another_way_is_said(
+    make, plain, tmp_path, capsys
+):
+    copy = shutil.copytree(plain[1], tmp_path / "run")
+
+    def continued(steps, **model):
+        config = make(copy, **model)
+        capsys.readouterr()
+        run(
+            dataclasses.replace(
+                config, train=dataclasses.replace(config.train, steps=steps)
+            )
+        )
+        return " ".join(capsys.readouterr().err.split())
+
+    said = continued(4, remat="none", fusion="fused", attention="eager")
+    assert (
+        "(remat: full -> none; attention: auto -> eager; fusion: auto -> fused)" in said
+    )
+    kept = {"remat": "auto", "fusion": "fused", "attention": "eager"}
+    assert "other choices" not in continued(5, **kept)
+
+
+@pytest.mark.parametrize("content", ["{", '{"plan": [], "versions": 1}'])
+def test_a_damaged_record_of_the_start_costs_a_note(
+    make, plain, tmp_path, capsys, content
+):
+    copy = shutil.copytree(plain[1], tmp_path / "run")
+    (copy / "started.json").write_text(content)
+    config = make(copy, remat="full")
+    longer = dataclasses.replace(config.train, steps=4)
+    assert run(dataclasses.replace(config, train=longer))["plan"]["policy"] == "full"
+    said = capsys.readouterr().err
+    assert "started.json" in said and "Continuing from step 3 of 4" in said
+
+
 def test_bytes_of_the_plan_are_those_of_the_run(plain):
     report, _ = plain
     planned = report["plan"]["device_bytes"]

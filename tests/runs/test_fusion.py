@@ -4,12 +4,15 @@ import re
 from types import SimpleNamespace
 from typing import get_args
 
+import jax
 import pytest
 
 from pallas_kernels import device
 from qlora_jax.choices import Remat
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.functional import abstract_adapters
+from qlora_jax.lora.init import factor_out
+from qlora_jax.models.block import MLP
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.llama import Llama
@@ -24,13 +27,18 @@ CONFIG = {
 FUSED = {"norms": "fused", "activation": "fused"}
 
 
-def note(*, rows=256, config=None, quantized=True, compute=None, **lora):
+def note(
+    *, rows=2, length=128, config=None, quantized=True, compute=None, mlp=None, **lora
+):
     lora = LoraConfig(**({"r": 8, "target_modules": "all-linear"} | lora))
     config = LlamaConfig.from_hf(CONFIG | (config or {}))
     base = abstract_base(config, quantization="nf4_dq" if quantized else None)
-    model = Llama(config, Compute(lora=lora, **(FUSED | (compute or {}))))
+    compute = Compute(lora=lora, **(FUSED | (compute or {})))
+    model = Llama(config, compute, mlp_cls=mlp)
     adapters = abstract_adapters(base, lora)
-    return fusion_note(model, adapters, rows, quantized=quantized)
+    if lora.changes_base:
+        base = jax.eval_shape(lambda *trees: factor_out(*trees, lora), base, adapters)
+    return fusion_note(model, base, adapters, rows, length)
 
 
 @pytest.fixture
@@ -51,10 +59,22 @@ def hopper(on_hopper, monkeypatch):
         ({}, None),
         ({"compute": {"norms": "separate"}}, None),  # nobody asked
         ({"compute": {"remat": "offload"}}, "effect on remat = 'offload'"),
-        ({"quantized": False}, "this model: it is for packed"),
+        ({"quantized": False}, "input_layernorm: not all of q_proj, .* are packed"),
+        ({"config": {"model_type": "phi3"}}, "this model: it is for packed"),
         ({"compute": {"kernels": "pallas"}}, "that XLA dequantizes"),
-        ({"rows": 40}, "a multiple of 16 rows, not 40"),
-        ({"rows": 96}, "activation: they take a multiple of 64 tokens, not 96"),
+        ({"length": 20}, "a multiple of 16 rows, not 40"),
+        ({"length": 48}, "activation: they take a multiple of 64 tokens, not 96"),
+        ({"compute": {"remat": "full"}, "length": 16384}, "full.* 2 x 16,384 .* in 2"),
+        ({"compute": {"remat": "save_matmuls"}, "length": 16384}, None),
+        (
+            {"config": {"num_attention_heads": 2, "head_dim": 32}},
+            "k_proj, v_proj are no",
+        ),
+        ({"config": {"intermediate_size": 192}}, "activation: it is narrower than"),
+        ({"config": {"mlp_bias": True}}, "activation: .* have biases"),
+        ({"config": {"attention_bias": True}, "bias": "all"}, None),
+        ({"init_lora_weights": "pissa"}, "begin with is subtracted"),
+        ({"mlp": MLP}, "effect on post_attention_layernorm: `mlp` is a class"),
         ({"r": 64}, "not 192; nor on the MLP's activation: .* up to 32, not 64"),
         ({"r": 33}, "input_layernorm: .* up to 128, not 112|up to 32, not 48"),
         ({"target_modules": ("q_proj", "v_proj")}, "not all of q_proj, k_proj, v_proj"),
