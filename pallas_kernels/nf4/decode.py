@@ -81,7 +81,9 @@ def products(
     updates: Sequence[Update | None] | None = None,
     parts: Float32[Array, "P M C"] | None = None,
     eps: float | None = None,
+    biases: Sequence[Float[Array, "L _"] | None] | None = None,
     residual: Float[Array, "M O"] | None = None,
+    multiplier: float = 1.0,
     gated: bool = False,
     following: Following | None = None,
     plan: Plan | None = None,
@@ -100,7 +102,9 @@ def products(
       parts: what adds up to `A x` of all updates; before it, with `eps`, the sum of
         squares of each row of what x is a multiple of.
       eps: of the norm whose factor multiplies the products; None without a norm.
+      biases: the bias of each, None where it has none.
       residual: added to the result; of a single weight.
+      multiplier: of the result, before the residual is added.
       gated: return silu(gate) * up of the two weights instead.
       following: what reads the result, of a single weight or `gated`.
       plan: how the work is divided; default `plan_for`.
@@ -132,6 +136,7 @@ def products(
             "must give each warp whole chunks."
         )
     updates = [None] * len(weights) if updates is None else list(updates)
+    biases = [None] * len(weights) if biases is None else list(biases)
     groups, chunk, grid = plan
     rows = -(-count // 8) * 8
     share = blocks // (WARPS * groups)
@@ -167,6 +172,7 @@ def products(
         x, layer, table = take(3)
         stacks = [take(5 if n else 2) for n in nested]
         bs: list[Any] = [None if u is None else take(1)[0] for u in updates]
+        bias_refs: list[Any] = [None if b is None else take(1)[0] for b in biases]
 
         def optional(condition: Any) -> Any:
             return take(1)[0] if condition else None
@@ -318,6 +324,10 @@ def products(
             if eps is not None:
                 mean = from_totals(m, 0) * (1 / in_features)
                 value = value * jax.lax.rsqrt(mean + eps)
+            bias = bias_refs[w]
+            if bias is not None:
+                new = gather(bias.at[this_layer()], unit * UNIT + row, bias.dtype)
+                value = value + new.astype(jnp.float32)
             return value
 
         def prepare(unit: Any, value: jax.Array, is_last: Any) -> None:
@@ -359,6 +369,7 @@ def products(
                 gate, up = values
                 values = [gate / (1.0 + jnp.exp(-gate)) * up]
             (value,) = values
+            value = value if multiplier == 1 else value * multiplier
             if residual_ref is not None:
                 lane = mosaic.iota((rows * UNIT,), 0)
                 index = jnp.minimum(lane // UNIT, count - 1) * out.shape[1]
@@ -439,6 +450,7 @@ def products(
     for weight, shape in zip(weights, shapes, strict=True):
         arrays += operands(weight, shape[0], warps, bytes_each)[1:]
     arrays += [u.b.reshape(u.b.shape[0], -1) for u in updates if u is not None]
+    arrays += [bias for bias in biases if bias is not None]
     arrays += [a.reshape(-1) for a in (parts, residual) if a is not None]
     if not sums_left:
         return run(*arrays)[0], None
@@ -458,7 +470,9 @@ def products_reference(
     updates: Sequence[Update | None] | None = None,
     parts: Float32[Array, "P M C"] | None = None,
     eps: float | None = None,
+    biases: Sequence[Float[Array, "L _"] | None] | None = None,
     residual: Float[Array, "M O"] | None = None,
+    multiplier: float = 1.0,
     gated: bool = False,
     following: Following | None = None,
 ) -> tuple[Float[Array, "M N"], Prepared | None]:
@@ -474,11 +488,13 @@ def products_reference(
         if update is not None and inner is not None:
             b = update.b[layer].astype(jnp.float32)
             y = y + wide(inner[:, update.offset :][:, : b.shape[1]], b.T)
-        results.append(y if factor is None else factor * y)
+        y = y if factor is None else factor * y
+        bias = biases[w] if biases is not None else None
+        results.append(y if bias is None else y + bias[layer].astype(jnp.float32)[None])
     if gated:
         gate, up = results
         results = [jax.nn.silu(gate) * up]
-    y = jnp.concatenate(results, axis=1)
+    y = multiplier * jnp.concatenate(results, axis=1)
     y = y if residual is None else y + residual.astype(jnp.float32)
     y, layer = y.astype(x.dtype), weights[0].layer
     if following is None or not following.columns or layer is None:

@@ -61,13 +61,10 @@ def refusal(
         # Nothing has measured them, so "auto" does not choose them.
         return "they are not selected."
     family = config.family
-    names = [name.rpartition(".")[2] for group in _GROUPS.values() for name in group]
     if (
         *(family.fused, family.post_norms, family.qk_norm, family.norm_offset),
-        config.residual_multiplier != 1,
-        any(config.has_bias(name) for name in names),
         config.hidden_act != "silu",
-    ) != (False,) * 7:
+    ) != (False,) * 5:
         return "the layers are not those of Llama."
     if compute.dtype == "float32":
         return "they compute in 16 bits."
@@ -89,8 +86,8 @@ def _weights_refusal(
             weight = _flat(trees["stacks"]).get(name, {}).get("weight")
             if not isinstance(weight, nf4.NF4Tensor):
                 return f"`{name}` is not packed."
-            if set(_flat(trees["params"])[name]) != {"weight"}:
-                return f"`{name}` has more than a weight."
+            if not set(_flat(trees["params"])[name]) <= {"weight", "bias"}:
+                return f"`{name}` has more than a weight and a bias."
             if not set(adapted.get(name, {})) <= _PLAIN_ADAPTER:
                 return f"`{name}` has an adapter that is not plain LoRA."
             # The table's values are rounded to the dtype of x: not if the weights
@@ -121,9 +118,9 @@ def prepare(
     """Returns the variables with a collection "decode", if the model has this form.
 
     It holds what the kernels read besides the packed stacks, in the dtype of the
-    computation. Of each group of layers with one input: "b" of the adapters; and the
-    norm's weight and A of all adapters, as "follows" if the kernel before leaves parts
-    of their sums, and as "inner" if not, or for the first layer.
+    computation. Of each group of layers with one input: "b" of the adapters, and
+    "bias"; the norm's weight and A of all adapters, as "follows" if the kernel before
+    leaves parts of their sums, and as "inner" if not, or for the first layer.
 
     Args:
       config: the architecture, without custom layers.
@@ -137,12 +134,14 @@ def prepare(
     params, lora = (_flat(_layers(variables, name)) for name in ("params", "lora"))
     stacks, groups = _flat(_layers(variables, "stacks")), {}
     for key, names in _GROUPS.items():
-        group: dict[str, Any] = {"b": {}}
+        group: dict[str, Any] = {"b": {}, "bias": {}}
         follows = {}
         if key in _NORMS:
             follows["norm"] = params[_NORMS[key]]["weight"].astype(dtype)
         a = []
         for name in names:
+            if "bias" in params[name]:
+                group["bias"][name] = params[name]["bias"].astype(dtype)
             adapter = lora.get(name, {})
             if not adapter:
                 continue
@@ -251,6 +250,7 @@ def decode_layers(
             shapes=[w.shape for w in weights],
             updates=updates,
             parts=prepared.parts,
+            biases=[group["bias"].get(name) for name in _GROUPS[key]],
             eps=eps,
             following=following(_READERS[key]) if key in _READERS else None,
             **named,
@@ -299,9 +299,11 @@ def decode_layers(
         qkv, _ = linear("qkv", x, prepared, layer)
         with jax.named_scope("attention"):
             out, kv = attention(qkv, rope, kv, layer, window)
-        x, to_mlp = linear("o", x, out, layer, residual=x)
+        onto = {"residual": x, "multiplier": config.residual_multiplier}
+        x, to_mlp = linear("o", x, out, layer, **onto)
         h, to_down = linear("gate_up", x, to_mlp, layer, gated=True)
-        return *linear("down", h, to_down, layer, residual=x), kv
+        onto["residual"] = x
+        return *linear("down", h, to_down, layer, **onto), kv
 
     windows, tables = kinds.index()
     prepared = None

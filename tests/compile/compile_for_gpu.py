@@ -162,18 +162,21 @@ def lower_decode(request: dict[str, Any], array: Any) -> jax.stages.Lowered:
         norm = array((layers, shapes[0][0]), dtype) if next_norm else None
         following = (a, norm)
     plan = request["plan"] and decode_plan.Plan(*request["plan"])
+    biases = [array((layers, s[0]), dtype) for s in shapes if request["biased"]] or None
 
     def products(
-        x: Any, weights: Any, bs: Any, parts: Any, residual: Any, following: Any
+        x: Any, weights: Any, bs: Any, parts: Any, residual: Any, *rest: Any
     ) -> Any:
+        following, biases = rest
         updates = [decode.Update(b, rank * i) for i, b in enumerate(bs)] or None
         named = {"gated": request["gated"], "residual": residual, "plan": plan}
         named |= {"shapes": shapes, "updates": updates, "parts": parts}
+        named |= {"biases": biases, "multiplier": 0.5 if biases else 1.0}
         if following is not None:
             named["following"] = Following(*following, ahead)
         return decode.products(x, weights, eps=1e-5 if normed else None, **named)
 
-    arguments = (x, weights, bs, parts, residual, following)
+    arguments = (x, weights, bs, parts, residual, following, biases)
     return jax.jit(products).lower(*arguments)
 
 

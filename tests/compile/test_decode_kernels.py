@@ -24,6 +24,7 @@ def products(shapes, rows, *, layers=3, rank=16, plan=None, **named) -> dict:
     case |= {"dtype": "bfloat16", "nested": True, "rank": rank, "plan": plan}
     # Parts of the sums that are read; (rank, norm, layers ahead) of what follows.
     case |= {"parts": 1 if rank else None, "norm": False, "follows": None}
+    case |= {"biased": False}
     return case | {"gated": False, "residual": False} | named
 
 
@@ -33,7 +34,8 @@ def inner(width, rows, rank, *, norm, layers=3) -> dict:
 
 
 SMALL = [
-    products([(48, 512), (16, 512)], 3, rank=8, plan=(2, 1, 2), parts=5, norm=True),
+    products([(48, 512), (16, 512)], 3, rank=8, plan=(2, 1, 2), parts=5, norm=True)
+    | {"biased": True},
     products([(16, 512)] * 2, 9, rank=4, plan=(1, 2, 2), gated=True),
     products([(32, 768)], 8, rank=0, plan=(1, 3, 1), residual=True, nested=False),
     products([(16, 512)], 1, rank=4, plan=(2, 1, 1), dtype="float16", residual=True),
@@ -73,6 +75,9 @@ REAL = [
     products([(F, D)] * 2, 1, rank=0, layers=32, gated=True, parts=132, norm=True),
     products([(F, D)] * 2, 16, layers=32, gated=True, follows=(16, False, 0)),
     products([(D, F)], 16, layers=32, parts=132, residual=True),
+    # With biases.
+    products([(D, D), (KV, D), (KV, D)], 1, layers=32, parts=132, norm=True)
+    | {"biased": True},
 ]
 REAL_INNER = [
     inner(D, 16, 48, norm=True, layers=32),
@@ -154,6 +159,9 @@ def test_the_compiled_products_are_those_of_the_formula(case, kernel, monkeypatc
             # Squares add up to the width or more: factors of 1 or less.
             parts = parts.at[:, :, 0].set(abs(parts[:, :, 0]) + x.shape[1])
         named["parts"] = parts
+    if case["biased"]:
+        named["biases"] = [draw(case["layers"], shape[0]) for shape in shapes]
+        named["multiplier"] = 0.5
     if case["residual"]:
         named["residual"] = draw(case["rows"], shapes[0][0])
     following = None

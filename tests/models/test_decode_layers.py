@@ -41,6 +41,10 @@ KINDS = dataclasses.replace(
     layer_types=("sliding_attention", "full_attention"),
     no_rope_layers=(1, 0),
 )
+# Biases, of some layers, and a factor of what is added to the residual stream.
+BIASED = dataclasses.replace(
+    PLAIN, model_type="llama", attention_bias=True, residual_multiplier=0.5
+)
 # Ranks and scalings differ, and not every layer has an adapter.
 LORA = LoraConfig(
     r=4,
@@ -70,8 +74,18 @@ def model_of(config, lora=LORA, dtype="bfloat16", kernels="pallas"):
     return Llama(config, Compute(dtype, remat="none", kernels=kernels, lora=lora))
 
 
+def moved(path, leaf):
+    """A vector of each layer that is no longer 0 (biases) or 1 (norms)."""
+    # The leaves of a packed weight are attributes.
+    is_vector = leaf.ndim == 2 and hasattr(path[-1], "key")
+    if not is_vector or "layers" not in str(path):
+        return leaf
+    key = jax.random.key(len(str(path)))
+    return leaf + 0.2 * jax.random.normal(key, leaf.shape)
+
+
 def variables_of(config, lora=LORA):
-    params = base(config, packed=True)
+    params = jax.tree.map_with_path(moved, base(config, packed=True))
     return {"params": params, "lora": bind(adapters(lora, config), params, lora)}
 
 
@@ -86,7 +100,10 @@ def decoded(model, variables, cache, token):
 # Of 240, 384 and 336 numbers that are left for gate and up, down, and q, k, v.
 @pytest.mark.parametrize(
     ("config", "most_parts", "left"),
-    [(PLAIN, 400, 4), (KINDS, 400, 4), (PLAIN, 300, 2), (PLAIN, 0, 1)],
+    [
+        *((PLAIN, 400, 4), (PLAIN, 300, 2), (PLAIN, 0, 1)),
+        *((KINDS, 400, 4), (BIASED, 400, 4)),
+    ],
 )
 def test_a_token_is_that_of_the_modules_and_closer_to_float32(
     config, most_parts, left, kernels, monkeypatch
@@ -131,9 +148,8 @@ def refusal_of(model, variables, rows=3):
 
 
 OTHER_LAYERS = {
-    "biases": {"model_type": "qwen2"},
     "norms and an activation": {"model_type": "gemma", "hidden_act": "gelu"},
-    "a factor of the residual": {"model_type": "granite", "residual_multiplier": 0.5},
+    "norms of heads": {"model_type": "qwen3"},
 }
 
 

@@ -44,6 +44,11 @@ def assert_products(
         squares = abs(parts[:, :, :1]) + shapes[0][1] / blocks
         parts = jnp.concatenate([squares, parts[:, :, 1:]], 2) if normed else parts
         named["parts"] = parts
+    if named.pop("biased", False):
+        biases = [
+            normal(20 + i, (3, shape[0]), dtype) for i, shape in enumerate(shapes)
+        ]
+        named |= {"biases": [None, *biases[1:]], "multiplier": 0.5}
     if named.pop("residual", False):
         named["residual"] = normal(3, (rows, shapes[0][0]), dtype)
     if follows := named.pop("follows", None):
@@ -97,7 +102,7 @@ CASES = {
     ),
     "few parts, of a norm and no adapters": (
         *([(16, 256), (32, 256)], 1),
-        {"eps": 1e-5, "blocks": 3},
+        {"eps": 1e-5, "blocks": 3, "biased": True},
     ),
     "many parts, gated, and parts for adapters": (
         *([(32, 512)] * 2, 1),
