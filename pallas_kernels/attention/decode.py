@@ -55,6 +55,14 @@ class Token(NamedTuple):
     """How many slots it sees, its own among them; None = all."""
 
 
+class HeadNorms(NamedTuple):
+    """RMSNorms of queries and keys over the width of a head, before the rotation."""
+
+    q: Float[Array, "L H"]
+    k: Float[Array, "L H"]
+    eps: float
+
+
 def refusal(
     heads: int, kv_heads: int, width: int, slot_count: int, softcap: float | None
 ) -> str | None:
@@ -85,6 +93,7 @@ def attend(
     token: Token,
     *,
     scale: float,
+    norms: HeadNorms | None = None,
     following: Following | None = None,
     splits: int | None = None,
     interpret: Any = False,
@@ -98,6 +107,7 @@ def attend(
       cache: keys and values, updated in place where the caller gives them up.
       token: where it is.
       scale: factor of the scores.
+      norms: of queries and keys.
       following: what reads the output: adapters, without a norm.
       splits: blocks of threads for a row and key/value head; default `splits_for`.
       interpret: False, or what `plgpu.kernel` takes.
@@ -129,9 +139,13 @@ def attend(
     def cached_attention(*operands: Any) -> None:
         qkv, cos, sin, layer, at, segments, *rest = operands
         window = None if token.window is None else rest.pop(0)
+        q_norm, k_norm = (rest.pop(0) if norms else None for _ in range(2))
         a: Any = rest.pop(0) if leaves else None
         k, v, *rest = rest
-        outs, (q_s, maxima_s, sums_s, done, *row_s) = rest[:out_count], rest[out_count:]
+        outs, (q_s, maxima_s, sums_s, done, *rest) = rest[:out_count], rest[out_count:]
+        norms_s: list[Any] = rest[:2] if norms else [None, None]
+        squares_s, factors_s = norms_s
+        row_s = rest[2:] if norms else rest
         row, head, split = (jax.lax.axis_index(n) for n in ("row", "head", "split"))
         index = (clip_layer(layer[0], k.shape[0]), row, head)
         slot = at[0]
@@ -139,14 +153,46 @@ def attend(
         if window is not None:
             first = jnp.maximum(slot - window[0] + 1, 0) // SLOTS
 
-        def rotated(start: Any, feature: jax.Array) -> jax.Array:
-            """Returns features of the head that begins at `start`, in float32."""
-            value = gather(qkv.at[row], start + feature, dtype).astype(jnp.float32)
+        if norms is not None:
+            # Eight threads for each query head, and for the key, which is number
+            # `group`; the rest repeat it.
+            lane = mosaic.iota((WARPGROUP,), 0)
+            own = jnp.minimum(lane // 8, group)
+            start = jnp.where(own < group, head * group + own, heads + head) * width
+            squares: Any = 0.0
+            for n in range(width // 8):
+                value = gather(qkv.at[row], start + (8 * n + lane % 8), dtype)
+                value = value.astype(jnp.float32)
+                squares = squares + value * value
+            # Assignments are barriers as well.
+            squares_s[...] = squares
+            shares = (lane // 8) * 8
+            squares = sum(gather(squares_s, shares + n, jnp.float32) for n in range(8))
+            factors_s[...] = jax.lax.rsqrt(squares * (1 / width) + norms.eps)
+
+        def rotated(number: Any, feature: jax.Array) -> jax.Array:
+            """Returns features of query heads, or of the key, in float32."""
+            is_key = isinstance(number, int)
+            start = (heads + head if is_key else head * group + number) * width
+            weight = k_norm if is_key else q_norm
+            factor: Any = None
+            if norms is not None:
+                place = number * 8 + feature * 0
+                factor = gather(factors_s, place, jnp.float32)
+
+            def load(feature: jax.Array) -> jax.Array:
+                value = gather(qkv.at[row], start + feature, dtype).astype(jnp.float32)
+                if weight is None:
+                    return value
+                own = gather(weight.at[index[0]], feature, weight.dtype)
+                return value * factor * own.astype(jnp.float32)
+
+            value = load(feature)
             is_first = (feature % (2 * half)) < half
             other = feature + jnp.where(is_first, half, -half)
             is_rotated = feature < 2 * half
             other = jnp.where(is_rotated, other, feature)
-            pair = gather(qkv.at[row], start + other, dtype).astype(jnp.float32)
+            pair = load(other)
             angle = feature % half
             c = gather(cos.at[row], angle, jnp.float32)
             s = gather(sin.at[row], angle, jnp.float32)
@@ -157,7 +203,7 @@ def attend(
         @pl.when((last - first) % splits == split)
         def write() -> None:
             feature = mosaic.iota((max(width, WARPGROUP),), 0) % width
-            key = rotated((heads + head) * width, feature)
+            key = rotated(group, feature)
             place = (heads + kv_heads + head) * width + feature
             value = gather(qkv.at[row], place, dtype).astype(jnp.float32)
             for stack, new in ((k, key), (v, value)):
@@ -166,7 +212,7 @@ def attend(
 
         shape = (HEADS, width)
         number = jnp.minimum(mosaic.iota(shape, 0), group - 1)
-        queries = rotated((head * group + number) * width, mosaic.iota(shape, 1))
+        queries = rotated(number, mosaic.iota(shape, 1))
         # Also a barrier: the key and the value have been written.
         q_s[...] = queries * (scale * _LOG2_E)
 
@@ -243,6 +289,9 @@ def attend(
     outs = [jax.ShapeDtypeStruct((rows, kv_heads, group, width), dtype)]
     arrays = [qkv, *rope, token.layer, token.slot, token.segments]
     arrays += [] if token.window is None else [token.window]
+    if norms is not None:
+        arrays += [norms.q, norms.k]
+        scratch += [plgpu.SMEM((WARPGROUP,), jnp.float32)] * 2
     if splits > 1:
         parts = (rows, kv_heads, splits, group)
         outs = [jax.ShapeDtypeStruct((*parts, n), jnp.float32) for n in (width, 2)]
@@ -361,6 +410,7 @@ def attend_reference(
     token: Token,
     *,
     scale: float,
+    norms: HeadNorms | None = None,
     following: Following | None = None,
 ) -> tuple[Prepared, tuple[Array, Array]]:
     """Computes `attend` in float32, with the cache in its own dtype."""
@@ -369,6 +419,14 @@ def attend_reference(
     half = rope[0].shape[1]
     wide = qkv.astype(jnp.float32).reshape(rows, -1, width)
     q, k, v = jnp.split(wide, [heads, heads + kv_heads], axis=1)
+    if norms is not None:
+
+        def normed(x: Array, weight: Array) -> Array:
+            mean = jnp.mean(x * x, axis=2, keepdims=True)
+            factor = weight[token.layer[0]].astype(jnp.float32)
+            return x * jax.lax.rsqrt(mean + norms.eps) * factor[None, None]
+
+        q, k = normed(q, norms.q), normed(k, norms.k)
 
     def rotated(x: Array) -> Array:
         a, b, rest = jnp.split(x, [half, 2 * half], axis=2)

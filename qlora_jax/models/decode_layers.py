@@ -25,7 +25,7 @@ from pallas_kernels.nf4.api import kernels_refusal
 from qlora_jax import nf4
 from qlora_jax.models.block import LayerKinds, attend_to_cache, write_tokens
 from qlora_jax.models.config import LlamaConfig
-from qlora_jax.models.layers import Compute
+from qlora_jax.models.layers import Compute, rms_norm
 from qlora_jax.models.rope import rotate
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ _READERS = {"o": "gate_up", "gate_up": "down", "down": "qkv"}
 """Which group reads what a group writes."""
 _NORMS = {"qkv": "input_layernorm", "gate_up": "post_attention_layernorm"}
 """The norm before a group."""
+_HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+"""Those of queries and keys, where the family has them."""
 _PLAIN_ADAPTER = {"lora_A", "lora_B", "scaling"}
 
 
@@ -62,9 +64,9 @@ def refusal(
         return "they are not selected."
     family = config.family
     if (
-        *(family.fused, family.post_norms, family.qk_norm, family.norm_offset),
+        *(family.fused, family.post_norms, family.norm_offset),
         config.hidden_act != "silu",
-    ) != (False,) * 5:
+    ) != (False,) * 4:
         return "the layers are not those of Llama."
     if compute.dtype == "float32":
         return "they compute in 16 bits."
@@ -78,7 +80,7 @@ def _weights_refusal(
 ) -> str | None:
     trees = {name: _layers(variables, name) for name in ("params", "lora", "stacks")}
     adapted = _flat(trees["lora"])
-    if any(norm in adapted for norm in _NORMS.values()):
+    if any(norm in adapted for norm in (*_NORMS.values(), *_HEAD_NORMS)):
         return "norms are trained."
     for key, names in _GROUPS.items():
         shapes = []
@@ -161,6 +163,9 @@ def prepare(
         if key == "qkv" or "follows" not in group:
             group["inner"] = inner
         groups[key] = group
+    if config.family.qk_norm:
+        norms = [params[name]["weight"].astype(dtype) for name in _HEAD_NORMS]
+        groups["qkv"]["head_norms"] = tuple(norms)
     return {**variables, "decode": {"model": groups}}
 
 
@@ -261,7 +266,7 @@ def decode_layers(
     ) -> tuple[Prepared, tuple[Array, Array]]:
         variant, slots = kinds.variant, kv[0].shape[3]
         sizes = (heads, kv_heads, config.head_dim, slots)
-        to_o = following("o")
+        to_o, norms = following("o"), groups["qkv"].get("head_norms")
         if cached.refusal(*sizes, variant.softcap) is None:
             limit = variant.window(window, slots)
             token = cached.Token(
@@ -272,11 +277,21 @@ def decode_layers(
             )
             angles = (rope[0][:, 0, 0], rope[1][:, 0, 0])
             scale = variant.scale_of(config.head_dim)
-            named = {"scale": scale, "following": to_o}
+            named: dict[str, Any] = {"scale": scale, "following": to_o}
+            if norms is not None:
+                q_norm, k_norm = norms
+                eps = config.rms_norm_eps
+                named["norms"] = cached.HeadNorms(q_norm, k_norm, eps)
             return cached.attend(qkv, angles, kv, token, **named)
         index = layer[0]
         parts = qkv.reshape(qkv.shape[0], 1, -1, config.head_dim)
         q, k, v = jnp.split(parts, [heads, heads + kv_heads], axis=2)
+        if norms is not None:
+            eps = config.rms_norm_eps
+            q, k = (
+                rms_norm(x, weight[index], eps)
+                for x, weight in zip((q, k), norms, strict=True)
+            )
         q, k = rotate(q, rope), rotate(k, rope)
         kv = write_tokens(kv, (k, v), index, start)
         places = (segments[1], start, index)

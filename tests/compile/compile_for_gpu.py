@@ -122,14 +122,18 @@ def lower_attend(request: dict[str, Any], array: Any) -> jax.stages.Lowered:
     ids = array((rows, slots), jnp.int32)
     token = cached.Token(one, one, ids, one if request["window"] else None)
 
-    def attend(qkv: Any, rope: Any, cache: Any, token: Any, a: Any) -> Any:
+    norms = (array((layers, width), dtype),) * 2 if request["norms"] else None
+
+    def attend(qkv: Any, rope: Any, cache: Any, token: Any, a: Any, norms: Any) -> Any:
         named = {"scale": width**-0.5, "splits": request["splits"]}
+        if norms is not None:
+            named["norms"] = cached.HeadNorms(*norms, 1e-5)
         named["following"] = None if a is None else Following(a)
         out, cache = cached.attend(qkv, rope, cache, token, **named)
         # Without its results, the kernel that weighs the splits is left out.
         return (out, cache) if request["splits"] == 1 else cache
 
-    return jax.jit(attend, donate_argnums=2).lower(qkv, rope, cache, token, a)
+    return jax.jit(attend, donate_argnums=2).lower(qkv, rope, cache, token, a, norms)
 
 
 def lower_decode(request: dict[str, Any], array: Any) -> jax.stages.Lowered:

@@ -22,14 +22,15 @@ def attend(sizes, *, splits=1, window=None, rotated=None, layers=2, **named) -> 
     """`sizes`: rows, query heads, key/value heads, width of a head, slots."""
     case = {"kernel": "attend", "sizes": sizes, "splits": splits, "window": window}
     case |= {"rotated": rotated or sizes[3], "layers": layers, "dtype": "bfloat16"}
-    return case | {"rank": 0} | named
+    return case | {"rank": 0, "norms": False} | named
 
 
 SMALL = [
     attend((2, 6, 2, 64, 128), slot=70, rotated=32),
     attend((1, 8, 1, 128, 192), slot=128, window=40, dtype="float16"),
     attend((2, 2, 2, 256, 64), slot=0, rank=12),
-    attend((1, 4, 1, 128, 192), slot=150, splits=2),
+    attend((1, 4, 1, 128, 192), slot=150, splits=2, norms=True),
+    attend((2, 8, 1, 64, 64), slot=20, rotated=32, norms=True),
 ]
 WEIGH = [
     attend((2, 3, 1, 64, 192), kernel="weigh", splits=3, rank=5),
@@ -41,6 +42,8 @@ REAL = [
     attend((16, 32, 8, 128, 1152), splits=2, window=1, layers=32),
     attend((4, 16, 8, 256, 4096), splits=1, layers=26),
     attend((8, 32, 32, 128, 1152), splits=1, layers=32, rank=16),
+    attend((1, 32, 8, 128, 1152), splits=18, layers=36, norms=True),
+    attend((16, 16, 16, 256, 1152), splits=1, layers=36, rank=16, norms=True),
     attend((1, 32, 8, 128, 1152), kernel="weigh", splits=18, layers=32, rank=16),
     attend((16, 32, 8, 128, 1152), kernel="weigh", splits=2, layers=32, rank=64),
 ]
@@ -107,22 +110,30 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Any:
         with monkeypatch.context() as patch:
             patch.setattr(plgpu, "kernel", stand_in)
             patch.setattr(decode, "_weigh", weigh)
-            return decode.attend(*args, splits=case["splits"], **scale_and_a(case))
+            return decode.attend(*args, splits=case["splits"], **options_of(case))
 
     return call
 
 
-def scale_and_a(case: dict) -> dict:
-    """The scale, and A of what follows."""
+def options_of(case: dict) -> dict:
+    """The scale, norms, and A of what follows."""
+    from pallas_kernels.attention.decode import HeadNorms
     from pallas_kernels.nf4.parts import Following
 
     _, heads, _, width, _ = case["sizes"]
-    shape = (case["layers"], heads * width, case["rank"])
-    a = np.random.default_rng(1).standard_normal(shape, np.float32)
-    following = (
-        Following(jnp.asarray(a).astype(case["dtype"])) if case["rank"] else None
-    )
-    return {"scale": width**-0.5, "following": following}
+    rng = np.random.default_rng(1)
+
+    def draw(*shape: int) -> Any:
+        return jnp.asarray(rng.standard_normal(shape, np.float32)).astype(case["dtype"])
+
+    named: dict[str, Any] = {"scale": width**-0.5, "following": None, "norms": None}
+    if case["rank"]:
+        a = draw(case["layers"], heads * width, case["rank"])
+        named["following"] = Following(a)
+    if case["norms"]:
+        weights = (1 + draw(case["layers"], width) / 8 for _ in range(2))
+        named["norms"] = HeadNorms(*weights, 1e-5)
+    return named
 
 
 def weigh(
@@ -159,7 +170,7 @@ def test_the_compiled_kernel_weighs_the_splits(case, kernel, monkeypatch):
     )
     sums = jnp.asarray(rng.standard_normal((*parts, width), np.float32))
     maxima = jnp.asarray(rng.uniform(1, 3, (*parts, 2)), jnp.float32)
-    following = scale_and_a(case)["following"]
+    following = options_of(case)["following"]
     args = (sums, maxima, jnp.array([1], jnp.int32), following, jnp.bfloat16, False)
     got = run(monkeypatch, kernel, lambda: decode._weigh(*args))
     want = weigh(*args)
@@ -184,7 +195,7 @@ def test_the_compiled_kernel_attends_to_the_cache(case, kernel, interpreted):
 
     args = arguments(case)
     (got, parts), cache = interpreted(kernel, case, *args)
-    named = scale_and_a(case)
+    named = options_of(case)
     (want, _), want_cache = decode.attend_reference(*args, **named)
     if case["rank"]:
         assert_parts(parts, prepared(got, named["following"]))

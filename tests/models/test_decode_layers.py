@@ -45,6 +45,9 @@ KINDS = dataclasses.replace(
 BIASED = dataclasses.replace(
     PLAIN, model_type="llama", attention_bias=True, residual_multiplier=0.5
 )
+# Norms of queries and keys, with attention of the modules and that of the kernels.
+NORMED = dataclasses.replace(PLAIN, model_type="qwen3")
+NORMED_64 = dataclasses.replace(NORMED, num_attention_heads=4, head_dim=64)
 # Ranks and scalings differ, and not every layer has an adapter.
 LORA = LoraConfig(
     r=4,
@@ -102,7 +105,7 @@ def decoded(model, variables, cache, token):
     ("config", "most_parts", "left"),
     [
         *((PLAIN, 400, 4), (PLAIN, 300, 2), (PLAIN, 0, 1)),
-        *((KINDS, 400, 4), (BIASED, 400, 4)),
+        *((KINDS, 400, 4), (BIASED, 400, 4), (NORMED, 400, 4), (NORMED_64, 400, 4)),
     ],
 )
 def test_a_token_is_that_of_the_modules_and_closer_to_float32(
@@ -149,7 +152,7 @@ def refusal_of(model, variables, rows=3):
 
 OTHER_LAYERS = {
     "norms and an activation": {"model_type": "gemma", "hidden_act": "gelu"},
-    "norms of heads": {"model_type": "qwen3"},
+    "fused projections": {"model_type": "phi3"},
 }
 
 
