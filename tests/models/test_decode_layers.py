@@ -89,6 +89,8 @@ def moved(path, leaf):
 
 def variables_of(config, lora=LORA):
     params = jax.tree.map_with_path(moved, base(config, packed=True))
+    if lora is None:
+        return {"params": params}
     return {"params": params, "lora": bind(adapters(lora, config), params, lora)}
 
 
@@ -102,32 +104,37 @@ def decoded(model, variables, cache, token):
 
 # Of 240, 384 and 336 numbers that are left for gate and up, down, and q, k, v.
 @pytest.mark.parametrize(
-    ("config", "most_parts", "left"),
+    ("config", "lora", "most_parts", "left"),
     [
-        *((PLAIN, 400, 4), (PLAIN, 300, 2), (PLAIN, 0, 1)),
-        *((KINDS, 400, 4), (BIASED, 400, 4), (NORMED, 400, 4), (NORMED_64, 400, 4)),
+        *((PLAIN, LORA, 400, 4), (PLAIN, LORA, 300, 2), (PLAIN, LORA, 0, 1)),
+        # Norms alone.
+        (PLAIN, None, 400, 2),
+        *((KINDS, LORA, 400, 4), (BIASED, LORA, 400, 4)),
+        *((NORMED, LORA, 400, 4), (NORMED_64, LORA, 400, 4)),
     ],
 )
 def test_a_token_is_that_of_the_modules_and_closer_to_float32(
-    config, most_parts, left, kernels, monkeypatch
+    config, lora, most_parts, left, kernels, monkeypatch
 ):
     from pallas_kernels.nf4 import decode_plan
 
     monkeypatch.setattr(decode_plan, "_MAX_PARTS", most_parts)
-    variables = variables_of(config)
+    variables = variables_of(config, lora)
     # Three rows, the second of which begins with padding.
     tokens, mask = prompt(3, 9), jnp.ones((3, 9), jnp.int32).at[1, :3].set(0)
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
     named = {"attention_mask": mask, "positions": positions, "method": "decode"}
-    exact = model_of(config, dtype="float32", kernels="xla")
+    exact = model_of(config, lora, dtype="float32", kernels="xla")
     wide = {**variables, "params": dequantized(variables["params"])}
     cache = empty_cache(config, 3, 64, jnp.float32)
     _, cache = jax.jit(lambda v, c: exact.apply(v, tokens, c, **named))(wide, cache)
     narrow = cache._replace(k=cache.k.astype("bfloat16"), v=cache.v.astype("bfloat16"))
     token = prompt(3, 1, seed=1)
     want, longer = decoded(exact, wide, cache, token)
-    modules, _ = decoded(model_of(config, kernels="xla"), variables, narrow, token)
-    model = model_of(config)
+    modules, _ = decoded(
+        model_of(config, lora, kernels="xla"), variables, narrow, token
+    )
+    model = model_of(config, lora)
     prepared = model.arrange(variables, rows=3)
     groups = prepared["decode"]["model"].values()
     assert sum("follows" in group for group in groups) == left
