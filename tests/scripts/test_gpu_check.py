@@ -78,6 +78,8 @@ def test_the_parts_name_files_that_exist(repository):
         assert part.command[1] == "-m" or Path(part.command[1]).exists(), part
     files = check.gpu_tests()
     assert str(repository / "tests/scripts/test_bench_gpu_kernels.py") in files
+    # Marked by the conftest.py of their folder.
+    assert str(repository / "tests/pallas_kernels/nf4/test_decode.py") in files
     assert str(repository / "tests/test_cli.py") not in files
 
 
