@@ -108,9 +108,9 @@ def _weights_refusal(
 
         if plan_for(shapes, rows, gated=key == "gate_up") is None:
             return f"{rows} rows with weights {shapes} are not supported."
-    if adapted and compute.lora is None:
+    if adapted and (compute.lora is None or not compute.lora.uniform):
         scaled = [name for name, arrays in adapted.items() if "scaling" not in arrays]
-        return f"the scaling of {scaled[0]} is not known." if scaled else None
+        return f"the scaling of `{scaled[0]}` is not known." if scaled else None
     return None
 
 

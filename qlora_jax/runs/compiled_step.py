@@ -201,7 +201,8 @@ def compile_step(
         # Of the policy: some compute the MLP in chunks.
         sizes = inputs.batch["tokens"].shape[1:]
         note = fusion_note(compiled.model, base, state.adapters, *sizes)
-        changed = _changed_choices(recorded or {}, compiled.report())
+        drops = lora.lora_dropout > 0
+        changed = _changed_choices(recorded or {}, compiled.report(), drops)
         said = (*notes, *filter(None, (note, changed)))
         compiled = dataclasses.replace(compiled, notes=said)
         if not compiled.plan.fits:
@@ -217,13 +218,14 @@ def compile_step(
 
 
 def _changed_choices(
-    recorded: Mapping[str, Any], report: Mapping[str, Any]
+    recorded: Mapping[str, Any], report: Mapping[str, Any], drops: bool
 ) -> str | None:
     """Returns a note on what is computed in another way than before, or None.
 
     Args:
       recorded: `CompiledStep.report()` of the run that is continued.
       report: the same of now.
+      drops: whether the adapters have dropout.
     """
     changes = [
         f"{name}: {recorded[name]} -> {report[name]}"
@@ -232,10 +234,11 @@ def _changed_choices(
     ]
     if not changes:
         return None
+    masks = "draw other dropout masks and " * drops
     return (
         f"Note: the run is continued with other choices ({'; '.join(changes)}). They "
-        "may round differently: the result is as valid, and need not be bit for bit "
-        "that of a run without the change."
+        f"may {masks}round differently: the result is as valid, and need not be bit "
+        "for bit that of a run without the change."
     )
 
 

@@ -8,7 +8,6 @@ in its directory (`TUNING`) and uses it again when it is continued.
 from __future__ import annotations
 
 import base64
-import binascii
 import contextlib
 import hashlib
 import importlib.metadata
@@ -131,7 +130,8 @@ class Tuning:
                 else:
                     tuning.files = files
             except (
-                *(OSError, UnicodeDecodeError, json.JSONDecodeError, binascii.Error),
+                # What is not JSON, base64 or UTF-8, and numbers of too many digits.
+                *(OSError, ValueError, RecursionError),
                 *(KeyError, TypeError, AttributeError),
             ):
                 problem = "is damaged"

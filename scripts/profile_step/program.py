@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from convert import read_json
 from convert.atomic import write_text
 from pallas_kernels.nf4.shapes import MODELS
 from qlora_jax.errors import UserError
@@ -31,6 +32,12 @@ from qlora_jax.planning.roofline import summary
 from qlora_jax.planning.work import Kernel, Sizes, count_kernels
 
 _HEADER = "// qlora-jax: "
+_NAMES = {
+    *("model", "config", "gpu", "batch", "length", "accumulate", "rank", "alpha"),
+    *("packed", "remat", "scan_layers", "lora_products", "attention", "kernels"),
+    *("norms", "activation", "mesh", "decode", "jax"),
+}
+"""What a saved program says of itself."""
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -45,7 +52,9 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
                 f"--model {args.model}: expected one of {', '.join(MODELS)}, or a "
                 "config.json or a directory with one."
             )
-        config = json.loads(path.read_text())
+        config = read_json(path)
+    if args.decode:
+        _check_generation(args)
     return {
         "model": args.model,
         "config": config,
@@ -67,6 +76,26 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         "mesh": {k: n for k in ("data", "fsdp") if (n := getattr(args, k)) > 1},
         "decode": args.decode,
     }
+
+
+def _check_generation(args: argparse.Namespace) -> None:
+    """Raises if options are given that only a training step has."""
+    if args.decode < 1:
+        raise UserError(f"--decode must be at least 1, got {args.decode}.")
+    of_training = {
+        # "full" is what it is when it is not given.
+        "--remat": args.remat not in ("full", "none"),
+        "--unrolled": args.unrolled,
+        "--packed": args.packed,
+        "--accumulate": args.accumulate != 1,
+        "--data": args.data != 1,
+        "--fsdp": args.fsdp != 1,
+    }
+    if given := [name for name, is_given in of_training.items() if is_given]:
+        raise UserError(
+            f"{', '.join(given)}: with --decode no training step is counted, but "
+            "generation on one GPU. Leave it out."
+        )
 
 
 def make_step(chosen: Mapping[str, Any]) -> Any:
@@ -170,7 +199,8 @@ def _lower_decoding(chosen: Mapping[str, Any], out: Path) -> None:
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device),
         (variables, rows, rows, values),
     )
-    compute = {name: chosen[name] for name in ("attention", "remat", "kernels")}
+    names = ("attention", "remat", "kernels", "lora_products", "norms", "activation")
+    compute = {name: chosen[name] for name in names}
     size = chosen["length"] + chosen["decode"]
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         model = Llama(config, Compute(lora=lora, **compute))
@@ -188,15 +218,26 @@ def read_program(path: Path) -> tuple[dict[str, Any], str]:
     """Reads what `--save` wrote: the settings, and the text of the program."""
     try:
         text = path.read_text()
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"`{path}` cannot be read: {error}.") from error
     if not text.startswith(_HEADER):
         raise UserError(
             f"`{path}` was not written by --save: its first line must begin with "
             f"`{_HEADER.strip()}` and say what was compiled."
         )
-    header = text.partition("\n")[0].removeprefix(_HEADER)
-    return json.loads(header), text
+    header, _, program = text.removeprefix(_HEADER).partition("\n")
+    try:
+        chosen = json.loads(header)
+        missing = sorted(_NAMES - chosen.keys())
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"The first line of `{path}` is damaged: {error}.") from error
+    if missing:
+        raise UserError(
+            f"`{path}` does not say of its program: {', '.join(missing)}. Save it anew."
+        )
+    if "ENTRY" not in program:
+        raise UserError(f"`{path}` has no whole program behind its first line.")
+    return chosen, text
 
 
 # --- The count ---

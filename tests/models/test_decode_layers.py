@@ -5,6 +5,7 @@ With the kernels' references in place of the kernels, which have tests of their 
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import pytest
 from pallas_kernels import device
 from qlora_jax import nf4
 from qlora_jax import tree as trees
+from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.functional import bind
 from qlora_jax.models import decode_layers
@@ -178,6 +180,18 @@ def test_other_adapters_keep_their_modules(changes, kernels):
     variables = model.compute.arrange(variables_of(PLAIN, lora))
     assert "not plain LoRA" in refusal_of(model, variables)
     assert "decode" not in model.arrange(variables, rows=3)
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_a_tree_whose_scalings_are_not_known_is_left_to_the_modules(lora, kernels):
+    params = base(PLAIN, packed=True)
+    variables = {"params": params, "lora": adapters(LORA, PLAIN)}  # not bound
+    model = model_of(PLAIN, lora)
+    refused = refusal_of(model, model.compute.arrange(variables))
+    assert re.search("the scaling of `.*` is not known", refused)
+    with pytest.raises(UserError, match="scaling is not known"):
+        cache = empty_cache(PLAIN, 3, 64)
+        decoded(model, model.arrange(variables, rows=3), cache, prompt(3, 1))
 
 
 def test_other_settings_keep_their_modules(kernels, monkeypatch):

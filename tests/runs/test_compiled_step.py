@@ -168,6 +168,20 @@ def test_what_a_continued_run_computes_in_another_way_is_said(
     assert "other choices" not in continued(5, **kept)
 
 
+def test_other_choices_draw_other_dropout_masks():
+    report = {"remat": "full", "scan_layers": True, "fusion": "auto"}
+    note = compiled_step._changed_choices
+    assert note(report, report, True) is None
+    assert note({}, report, True) is None  # nothing was recorded
+    other = report | {"scan_layers": False}
+    assert "may draw other dropout masks and round diff" in str(
+        note(report, other, True)
+    )
+    assert "(scan_layers: True -> False). They may round" in str(
+        note(report, other, False)
+    )
+
+
 @pytest.mark.parametrize("content", ["{", '{"plan": [], "versions": 1}'])
 def test_a_damaged_record_of_the_start_costs_a_note(
     make, plain, tmp_path, capsys, content

@@ -96,6 +96,12 @@ def test_only_a_gpu_without_a_cache_of_programs_needs_choices(tmp_path):
         (lambda path: path.write_text(path.read_text()[:-9]), "is damaged"),
         (lambda path: path.write_bytes(b"\xff\xfe"), "is damaged"),
         (lambda path: path.write_text("[]"), "is damaged"),
+        (lambda path: path.write_text("[" * 100_000), "is damaged"),
+        (lambda path: path.write_text("9" * 5_000), "is damaged"),
+        (
+            lambda path: Tuning({"versions": [[1, 2, 3]]}, dict(FILES)).write(path),
+            "is damaged",
+        ),
         (
             lambda path: path.write_text(path.read_text().replace("AP8", "AP4")),
             "is damaged",

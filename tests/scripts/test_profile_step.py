@@ -123,6 +123,18 @@ def test_a_token_of_generation_has_the_floor_of_its_weights(tmp_path, capsys):
         (["--report", "FOLDER/report.json", "--top", "3"], "--report has no kernels"),
         (["--report", "FOLDER/report.json", "--page", "FOLDER/plain.txt"], "no lines"),
         (["--program", "FOLDER/program.txt", "--page", "x.md"], "--page needs --json"),
+        (["--program", "FOLDER/cut.txt"], "first line of .* is damaged"),
+        (["--program", "FOLDER/list.txt"], "first line of .* is damaged"),
+        (["--program", "FOLDER/bytes.txt"], "cannot be read"),
+        (
+            ["--program", "FOLDER/older.txt"],
+            "does not say .*: jax, norms. Save it anew",
+        ),
+        (["--program", "FOLDER/half.txt"], "has no whole program"),
+        (["--model", "FOLDER/cut.txt"], "not valid JSON"),
+        (["--decode", "-3"], "--decode must be at least 1, got -3"),
+        (["--decode", "8", "--packed", "--fsdp", "2"], "--packed, --fsdp: with --dec"),
+        (["--decode", "8", "--remat", "save_matmuls"], "--remat: with --decode"),
     ],
 )
 def test_what_cannot_be_used_is_refused(
@@ -132,6 +144,15 @@ def test_what_cannot_be_used_is_refused(
         "scripts.profile_step.__main__.find_compiler", lambda python: "python"
     )
     (tmp_path / "plain.txt").write_text("HloModule f\n")
+    older = {k: v for k, v in CHOSEN.items() if k not in ("jax", "norms")}
+    for name, header in (
+        ("cut", '{"model": '),
+        ("list", "[]"),
+        ("older", json.dumps(older)),
+        ("half", json.dumps(CHOSEN)),
+    ):
+        (tmp_path / f"{name}.txt").write_text(f"// qlora-jax: {header}\nHloModule f\n")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff")
     main(["--program", str(saved), "--json", str(tmp_path / "report.json")])
     arguments = [a.replace("FOLDER", str(tmp_path)) for a in arguments]
     with pytest.raises(SystemExit, match=message):
