@@ -6,8 +6,10 @@ other, so that their results, which mean nothing, are finite.
 
   api     flash_attention: checks, the choice of an implementation, the derivative
   xla     plain XLA: the formula, and block by block with a running softmax
-  gpu     the kernels for Hopper GPUs, forward and backward
+  forward, backward
+          the kernels for Hopper GPUs
   decode  the kernels for one token and a cache, and slots, their inner step
   check   the kernels against the formula, on the device at hand
-  blocks  which blocks the kernels look at, how those come and are masked
+  reach   which blocks the kernels look at, in which order
+  blocks  how those are copied, masked and multiplied
 """

@@ -2,9 +2,9 @@
 
 "reference" is the formula, with all scores in memory: what the others are compared
 with. "xla" goes block by block in plain XLA. "pallas" are the kernels of
-`attention.gpu`, for NVIDIA's Hopper (H100, H200): their derivative keeps `q`, `k`, `v`,
-the output and one float32 for each query and head, and takes no workspace beyond
-another two, where cuDNN's takes a float32 of the size of dq.
+`attention.forward` and `attention.backward`, for NVIDIA's Hopper (H100, H200): their
+derivative keeps `q`, `k`, `v`, the output and one float32 for each query and head, and
+takes no workspace beyond another two, where cuDNN's takes a float32 of the size of dq.
 """
 
 from __future__ import annotations
@@ -218,9 +218,9 @@ def _forward(
     segments: Array | None,
     window: Array | None,
 ) -> tuple[Array, tuple]:
-    from pallas_kernels.attention import gpu
+    from pallas_kernels.attention.forward import forward
 
-    out, lse = gpu.forward(q, k, v, segments, window, **static.options)
+    out, lse = forward(q, k, v, segments, window, **static.options)
     # Without the barrier, the XLA of jax 0.11 runs the kernel twice where both results
     # are kept for all layers: once to use them, once to write them into the stack.
     out, lse = jax.lax.optimization_barrier((out, lse))
@@ -232,10 +232,10 @@ def _forward(
 def _backward(
     static: _Static, residuals: tuple, dout: Array
 ) -> tuple[Array, Array, Array, None, None]:
-    from pallas_kernels.attention import gpu
+    from pallas_kernels.attention.backward import backward
 
     q, k, v, segments, window, out, lse = residuals
-    dq, dk, dv = gpu.backward(
+    dq, dk, dv = backward(
         *(q, k, v, segments, out, lse, dout, window), **static.options
     )
     # Segment ids and windows are integers and have no derivative.

@@ -1,256 +1,225 @@
-"""What the attention kernels share: which blocks meet, how they are loaded and masked.
+"""What the attention kernels share: how blocks are copied, masked and multiplied.
 
-Everything here is about blocks of rows. `reach` computes, with plain array operations
-and before a kernel runs, which blocks of the other side a block has to look at. The
-rest are parts of a kernel's body: `stream` brings one block after the other through a
-ring of buffers, `masked` hides what a query may not see, `products` and `add_products`
-use the tensor cores.
+A block of threads is `GROUPS` warpgroups that compute and one that copies. The parts of
+a kernel's body: `Ring` brings one block of the other side after the other, `masked`
+hides what a query may not see, `products` and `add_products` use the tensor cores.
 
 Imported only when a kernel is used; written for and checked with jax 0.11.2 and 0.12.0.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-ROWS = 64
-"""Rows of a product of one warpgroup."""
-GROUPS = 2
-"""Warpgroups of a block of threads."""
-BLOCK = GROUPS * ROWS
-"""Rows of a block of threads, queries or keys."""
+from pallas_kernels.attention.reach import GROUPS
+
 MASKED = -(2.0**100)
 """Large and negative but finite, and a power of two: its product with any scale is
 exact, so that two masked scores differ by nothing however they are rounded."""
+LOG2E = math.log2(math.e)
+"""exp2 is one instruction; scores are scaled by this so that it gives exp."""
+
+# Of a thread, in multiples of 8: 65,536 of a multiprocessor, 512 for one thread of each
+# warpgroup, less what the first instructions take.
+_COMPUTING_REGISTERS, _COPYING_REGISTERS = 240, 24
 
 
-# --- Which blocks meet ---
+class Tiles(NamedTuple):
+    """How a kernel goes over the other side."""
+
+    width: int
+    """Rows of the other side that a step takes: 64 or 128."""
+    stages: int
+    """Steps whose operands are in shared memory at once, at least 2."""
 
 
-class Reach(NamedTuple):
-    """For each block, the blocks of the other side that it meets; int32 [B, blocks]."""
+class Form(NamedTuple):
+    """How scores follow from products q k^T."""
 
-    first: jax.Array
-    last: jax.Array
-    """Those in [first, last] are looked at; nothing in the others is visible."""
-    clear_from: jax.Array
-    clear_to: jax.Array
-    """Those in [clear_from, clear_to) are visible throughout: no mask is needed."""
+    scale: float
+    """Factor of the scores, after the cap if there is one."""
+    slope: float
+    """Factor of the derivative with respect to q and k."""
+    inner: float | None
+    """Factor of the products within tanh; None = no cap."""
+
+    @classmethod
+    def of(cls, width: int, scale: float | None, softcap: float | None) -> Form:
+        """Returns the form for heads of a width; as `forward` takes the others."""
+        scale = 1.0 / math.sqrt(width) if scale is None else scale
+        if softcap is None:
+            return cls(scale, scale, None)
+        # c tanh(scale q k / c): the cap itself becomes the factor.
+        return cls(softcap, scale, scale / softcap)
+
+    def cap(self, products: jax.Array) -> jax.Array:
+        """Returns what `scale` multiplies to scores."""
+        return products if self.inner is None else jnp.tanh(products * self.inner)
+
+    def through_cap(self, dscores: jax.Array, capped: jax.Array) -> jax.Array:
+        """Returns the derivative before the cap; `capped` may be masked."""
+        if self.inner is None:
+            return dscores
+        # A masked score is far outside of the range of tanh, and its square infinite.
+        slope = jnp.where(capped < -1.5, 0.0, 1.0 - capped * capped)
+        return dscores * slope
 
 
-def reach(
-    segments: jax.Array,
-    rows: int,
-    other_rows: int,
+# --- Warpgroups and copies ---
+
+
+def launch(
+    copy: Callable[..., None],
+    compute: Callable[..., None],
+    out: Any,
+    scratch: list[Any],
     *,
-    queries: bool,
-    window: jax.Array | int | None = None,
-) -> Reach:
-    """Computes which blocks meet.
-
-    Segment ids need not ascend. Two blocks do not meet if the ranges of their ids other
-    than 0 are disjoint, and at most one of them holds a 0. Padding is not part of the
-    range: else a block of the last document and padding would meet the whole row.
+    name: str,
+    grid: dict[str, int],
+    interpret: Any,
+) -> Any:
+    """Makes a kernel of `GROUPS` warpgroups that compute and one that copies.
 
     Args:
-      segments: int32 [B, T].
-      rows: of a block.
-      other_rows: of a block of the other side.
-      queries: whether the blocks are of queries, and the others of keys; or the
-        reverse.
-      window: keys that a query sees, itself included; None = all before it.
-
-    Returns:
-      The ranges, exact where segments are contiguous.
+      copy: body of the warpgroup that copies; gets all references.
+      compute: body of the others; gets the references and its number.
+      out: shapes of the results.
+      scratch: shared memory and barriers.
+      name: of the kernel.
+      grid: sizes of the axes; the last one runs first.
+      interpret: False, or what `plgpu.kernel` takes.
     """
-    ids, other_ids = _ids(segments, rows), _ids(segments, other_rows)
-    count = other_ids.padded.shape[1]
-    ids = _Ids(*(a[:, :, None] for a in ids))
-    other_ids = _Ids(*(a[:, None, :] for a in other_ids))
-    # [B, blocks, other blocks]: only reductions over the last axis leave the fusion.
-    meets = (ids.lowest <= other_ids.highest) & (other_ids.lowest <= ids.highest)
-    meets |= ids.padded & other_ids.padded
-    # All ids equal: both ranges are one and the same number. (With L and H of the other
-    # side, l = H >= L = h >= l.)
-    clear = (ids.lowest == other_ids.highest) & (other_ids.lowest == ids.highest)
-    clear &= ~(ids.padded | other_ids.padded)
-    other = jnp.arange(count, dtype=jnp.int32)[None, None, :]
-    start = rows * jnp.arange(segments.shape[1] // rows, dtype=jnp.int32)
-    start = start[None, :, None]
-    # Causally visible in part, and throughout.
-    if queries:
-        causal = other * other_rows < start + rows
-        fully_causal = (other + 1) * other_rows <= start
-        # Smallest and largest distance of a key from a query.
-        nearest = start - (other + 1) * other_rows + 1
-        farthest = start + rows - 1 - other * other_rows
-    else:
-        causal = (other + 1) * other_rows > start
-        fully_causal = other * other_rows >= start + rows
-        nearest = other * other_rows - (start + rows - 1)
-        farthest = (other + 1) * other_rows - 1 - start
-    meets &= causal
-    if window is not None:
-        meets &= nearest < window
-        clear &= farthest < window
-    # Never empty: a block meets the one on its diagonal, as every token sees itself.
-    first = jnp.where(meets, other, count).min(axis=2)
-    last = jnp.where(meets, other, -1).max(axis=2)
-    fully_causal_count = fully_causal.sum(axis=2, dtype=jnp.int32)
-    unclear = fully_causal & ~clear
-    # Next to the diagonal, from the last block that holds another segment.
-    if queries:
-        clear_from = jnp.where(unclear, other + 1, 0).max(axis=2)
-        clear_to = jnp.broadcast_to(fully_causal_count, first.shape)
-    else:
-        clear_from = jnp.broadcast_to(count - fully_causal_count, first.shape)
-        clear_to = jnp.where(unclear, other, count).min(axis=2)
-    return Reach(first, last, clear_from, clear_to)
 
+    def body(*refs: Any) -> None:
+        group = jax.lax.axis_index("group")
 
-def causal_reach(
-    batch: int, length: int, rows: int, other_rows: int, *, queries: bool
-) -> Reach:
-    """Returns the `reach` of rows of one segment, without a computation."""
-    count = length // other_rows
-    start = rows * np.arange(length // rows, dtype=np.int32)
-    if queries:
-        last = (start + rows - 1) // other_rows
-        # From key 0 to the diagonal; clear are blocks that end before the first query.
-        limits = (0 * start, last, 0 * start, start // other_rows)
-    else:
-        # Clear from the first query block that begins after the last key.
-        clear_from = -(-(start + rows) // other_rows)
-        everything = 0 * start + count
-        limits = (start // other_rows, everything - 1, clear_from, everything)
-    return Reach(*(jnp.asarray(np.tile(limit, (batch, 1))) for limit in limits))
+        @pl.when(group < GROUPS)
+        def _() -> None:
+            plgpu.set_max_registers(_COMPUTING_REGISTERS, action="increase")
+            compute(group, *refs)
 
+        @pl.when(group == GROUPS)
+        def _() -> None:
+            plgpu.set_max_registers(_COPYING_REGISTERS, action="decrease")
+            copy(*refs)
 
-class _Ids(NamedTuple):
-    """The ids in each block: the range of those other than 0, and whether any is 0."""
-
-    lowest: jax.Array
-    highest: jax.Array
-    padded: jax.Array
-
-
-def _ids(segments: jax.Array, rows: int) -> _Ids:
-    ids = segments.reshape(segments.shape[0], -1, rows)
-    padding = ids == 0
-    # Neutral elements of min and max: a block of padding has an empty range, which is
-    # disjoint from every other.
-    limits = jnp.iinfo(jnp.int32)
-    return _Ids(
-        jnp.where(padding, limits.max, ids).min(axis=2),
-        jnp.where(padding, limits.min, ids).max(axis=2),
-        padding.any(axis=2),
+    body.__name__ = name
+    settings: dict[str, Any] = {"interpret": interpret} if interpret else {}
+    return plgpu.kernel(
+        body,
+        out_type=out,
+        scratch_types=tuple(scratch),
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=GROUPS + 1,
+        thread_name="group",
+        # Exponentials as `ex2.approx`. Lane semantics takes the layouts given above;
+        # the default since jax 0.11 infers them.
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=mgpu.LoweringSemantics.Lane
+        ),
+        **settings,
     )
 
 
-# --- Loading and masking ---
-
-
 class Ring(NamedTuple):
-    """Barriers of a ring of buffers, one for each slot."""
+    """Buffers in shared memory for the operands of some steps, and their barriers."""
 
+    buffers: tuple[Any, ...]
+    """[slots, ...] each: all that a step has."""
     ready: Any
     """Passed when the copies into the slot are complete."""
     free: Any
-    """Passed when every warpgroup has used the slot."""
-    stages: int
-    """Slots of the ring, at least 2."""
+    """Passed when every warpgroup that computes has released the slot."""
 
+    @classmethod
+    def of(cls, stages: int, *buffers: Any) -> Ring:
+        """Returns the scratch of a ring for buffers [stages, ...]."""
+        return cls(
+            buffers,
+            plgpu.Barrier(num_arrivals=len(buffers), num_barriers=stages),
+            plgpu.Barrier(num_arrivals=GROUPS, num_barriers=stages),
+        )
 
-def stream(
-    ring: Ring,
-    group: Any,
-    steps: Any,
-    *,
-    fetch: Callable[[Any, Any], None],
-    compute: Callable[[Any, Any, Any], Any],
-    carry: Any,
-    interpret: bool,
-) -> Any:
-    """Loops over steps whose operands come through a ring of buffers.
+    def slot(self, step: Any) -> Any:
+        """Returns the slot of a step."""
+        return jax.lax.rem(step, self.buffers[0].shape[0])
 
-    The first warpgroup fetches operands, one step after the other group is done with
-    the slot's previous ones: it need not wait as long as they are less than a step
-    apart.
+    def copy(self, step: Any, *sources: Any) -> None:
+        """Starts the copies of a step, once its slot is free."""
+        slot = self.slot(step)
 
-    Args:
-      ring: the barriers.
-      group: the warpgroup.
-      steps: how many, at least 1.
-      fetch: starts the copies of a step into a slot; they arrive at `ready.at[slot]`.
-      compute: (step, slot, carry) -> carry.
-      carry: of the first step.
-      interpret: whether the interpreter runs the kernel.
+        @pl.when(step >= self.buffers[0].shape[0])
+        def _() -> None:
+            plgpu.barrier_wait(self.free.at[slot])
 
-    Returns:
-      The carry of the last step.
-    """
-    ready, free, stages = ring
+        for source, buffer in zip(sources, self.buffers, strict=True):
+            plgpu.copy_gmem_to_smem(source, buffer.at[slot], self.ready.at[slot])
 
-    @pl.when(group == 0)
-    def _() -> None:
-        # Fills the ring. Later steps are fetched into slots as these become free.
-        for stage in range(stages):
-            pl.when(stage < steps)(lambda stage=stage: fetch(stage, stage))
+    def at(self, step: Any) -> list[Any]:
+        """Returns the operands of a step that has been waited for."""
+        slot = self.slot(step)
+        return [buffer.at[slot] for buffer in self.buffers]
 
-    def step(number: Any, carry: Any) -> Any:
-        slot = jax.lax.rem(number, stages)
-        plgpu.barrier_wait(ready.at[slot])
-        carry = compute(number, slot, carry)
+    def wait(self, step: Any) -> list[Any]:
+        """Waits for the operands of a step and returns them."""
+        plgpu.barrier_wait(self.ready.at[self.slot(step)])
+        return self.at(step)
+
+    def release(self, step: Any, *, interpret: bool) -> None:
+        """Gives the slot of a step back: this warpgroup has read it."""
         if interpret:
             # It demands a fence between a load and a copy to the same address. A device
             # needs none: a load is over when its thread arrives.
             plgpu.commit_smem()
-        plgpu.barrier_arrive(free.at[slot])
-
-        @pl.when((group == 0) & (number > 0))
-        def _() -> None:
-            previous_slot = jax.lax.rem(number - 1, stages)
-            plgpu.barrier_wait(free.at[previous_slot])
-            # The next step whose operands belong into that slot.
-            following = number - 1 + stages
-            pl.when(following < steps)(lambda: fetch(following, previous_slot))
-
-        return carry
-
-    carry = jax.lax.fori_loop(0, steps, step, carry)
-
-    @pl.when(group == 0)
-    def _() -> None:
-        # The loop has waited for the slots of all steps but the last.
-        plgpu.barrier_wait(free.at[jax.lax.rem(steps - 1, stages)])
-
-    return carry
+        plgpu.barrier_arrive(self.free.at[self.slot(step)])
 
 
-class Mark(NamedTuple):
-    """One comparison that hides keys from queries."""
+class Turns(NamedTuple):
+    """Lets one warpgroup after the other start products.
 
-    queries: Any
-    keys: Any
-    """int32 vectors in any memory."""
-    visible: Callable[[jax.Array, jax.Array], jax.Array]
-    """Of their numbers, [queries, keys]."""
+    While those of one are computed, the other computes weights.
+    """
 
-    def of(self, queries: tuple, keys: tuple) -> Mark:
-        """Returns the mark of some queries and keys."""
-        return Mark(self.queries.at[queries], self.keys.at[keys], self.visible)
+    turn: Any
+    """A barrier for each warpgroup."""
+    group: Any
+
+    def wait(self) -> None:
+        """Waits until the other warpgroup has started its products."""
+        plgpu.barrier_wait(self.turn.at[self.group])
+
+    def give(self) -> None:
+        """Lets the other warpgroup start."""
+        plgpu.barrier_arrive(self.turn.at[1 - self.group])
+
+    def begin(self) -> None:
+        """Gives the first turn to the first warpgroup."""
+        pl.when(self.group == 1)(self.give)
+
+    def end(self) -> None:
+        """Takes the turn that nobody needs, so that every barrier has been passed."""
+        pl.when(self.group == 0)(self.wait)
+
+
+# --- Masks ---
 
 
 def masked(
-    scores: jax.Array, clear: Any, marks: list[Mark], *, transposed: bool
+    scores: jax.Array,
+    rows: list[jax.Array],
+    columns: Any,
+    window: Any,
+    *,
+    transposed: bool,
 ) -> jax.Array:
     """Hides what a query may not see: later keys, distant ones, other segments.
 
@@ -260,27 +229,31 @@ def masked(
 
     Args:
       scores: float32 [queries, keys], or with `transposed` [keys, queries].
-      clear: whether there is nothing to hide.
-      marks: what is compared, of the queries and of the keys.
+      rows: int32, the index and perhaps the segment id of each row.
+      columns: the same of the columns, in memory [1 or 2, columns].
+      window: keys that a query sees, itself included; None = all before it.
       transposed: whether the keys come first.
 
     Returns:
       The scores, `MASKED` where hidden.
     """
-    axes = (1, 0) if transposed else (0, 1)
 
-    def hide(scores: jax.Array) -> jax.Array:
-        for mark in marks:
-            queries, keys = (
-                across(vector(ref, axis), scores.shape, axis)
-                for ref, axis in zip((mark.queries, mark.keys), axes, strict=True)
-            )
-            scores = jnp.where(mark.visible(queries, keys), scores, MASKED)
-            # Or all comparisons would come first, and their operands wait in registers.
-            scores = jax.lax.optimization_barrier(scores)
-        return scores
+    def repeated(mark: int) -> tuple[jax.Array, jax.Array]:
+        """The marks of all queries and keys."""
+        columns_of = across(vector(columns.at[mark], 1), scores.shape, 1)
+        rows_of = across(rows[mark], scores.shape)
+        return (columns_of, rows_of) if transposed else (rows_of, columns_of)
 
-    return jax.lax.cond(clear, lambda scores: scores, hide, scores)
+    queries, keys = repeated(0)
+    scores = jnp.where(queries >= keys, scores, MASKED)
+    if window is not None:
+        scores = jnp.where(queries - window < keys, scores, MASKED)
+    if len(rows) > 1:
+        # Or all comparisons would come first, and their operands wait in registers.
+        scores = jax.lax.optimization_barrier(scores)
+        queries, keys = repeated(1)
+        scores = jnp.where(queries == keys, scores, MASKED)
+    return scores
 
 
 # --- The tensor cores ---
@@ -290,15 +263,21 @@ _SUMS: Any = plgpu.WGMMAAccumulatorRef
 _LOAD: Any = plgpu.load  # jax 0.10, which has no kernels, declares other arguments
 
 
-def products(*pairs: tuple[Any, Any]) -> tuple[jax.Array, ...]:
+def products(
+    *pairs: tuple[Any, Any], started: Callable[[], None] | None = None
+) -> tuple[jax.Array, ...]:
     """Computes `a @ b` for each pair in shared memory, in float32.
 
-    All are started before the first is waited for.
+    Args:
+      pairs: the operands.
+      started: called when all are started, before the first is waited for.
     """
 
     def multiply(*sums: Any) -> tuple[jax.Array, ...]:
         for total, (a, b) in zip(sums, pairs, strict=True):
             plgpu.wgmma(total, a, b)
+        if started is not None:
+            started()
         # Reading an accumulator waits for its products.
         return tuple(total[...] for total in sums)
 
@@ -307,25 +286,41 @@ def products(*pairs: tuple[Any, Any]) -> tuple[jax.Array, ...]:
 
 
 def add_products(
-    *terms: tuple[jax.Array, Any, Any], interpret: bool
+    *terms: tuple[jax.Array, Any, Any],
+    interpret: bool,
+    started: Callable[[], None] | None = None,
+    first_done: Callable[[], None] | None = None,
 ) -> tuple[jax.Array, ...]:
-    """Computes `sums + a @ b` for each (sums, a, b).
+    """Computes `sums + a @ b` for each (sums, a, b), one after the other.
 
-    All are started before the first is waited for. `a` is in registers or in shared
-    memory, `b` in shared memory.
+    Args:
+      terms: `a` is in registers or in shared memory, `b` in shared memory. One in
+        registers comes first: registers are handed over before anything is started.
+      interpret: whether the interpreter runs the kernel.
+      started: called when all are started, before the first is waited for.
+      first_done: called when the operands of the first have been read.
     """
     if interpret:
         # It has no product with an operand in registers: an ordinary one replaces it.
-        return tuple(
+        results = tuple(
             sums + jnp.dot(a.astype(jnp.float32), b[...].astype(jnp.float32))
             if isinstance(a, jax.Array)
             else sums + products((a, b))[0]
             for sums, a, b in terms
         )
+        for call in (started, first_done):
+            if call is not None:
+                call()
+        return results
 
     def multiply(sums: tuple[Any, ...]) -> None:
         for total, (_, a, b) in zip(sums, terms, strict=True):
             plgpu.wgmma(total, a, b)
+        if started is not None:
+            started()
+        if first_done is not None:
+            plgpu.wgmma_wait(len(terms) - 1)
+            first_done()
 
     return pl.run_state(multiply)(tuple(_SUMS.init(sums) for sums, _, _ in terms))
 
@@ -350,28 +345,10 @@ def across(x: jax.Array, shape: tuple[int, ...], axis: int = 0) -> jax.Array:
     return jax.lax.broadcast_in_dim(x, shape, [axis])
 
 
-def launch(
-    body: Any,
-    out: Any,
-    scratch: list[Any],
-    *,
-    grid: dict[str, int],
-    interpret: Any,
-) -> Any:
-    """Makes a kernel of two warpgroups from a body; the last grid axis runs first."""
-    settings: dict[str, Any] = {"interpret": interpret} if interpret else {}
-    return plgpu.kernel(
-        body,
-        out_type=out,
-        scratch_types=tuple(scratch),
-        grid=tuple(grid.values()),
-        grid_names=tuple(grid),
-        num_threads=GROUPS,
-        thread_name="group",
-        # Exponentials as `ex2.approx`. Lane semantics takes the layouts given above;
-        # the default since jax 0.11 infers them.
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=mgpu.LoweringSemantics.Lane
-        ),
-        **settings,
-    )
+def opaque(number: Any) -> Any:
+    """Returns a number of which the compiler does not know that it never changes.
+
+    What it computes from the number within a loop stays there: kept through all steps,
+    the addresses of operands would take registers that sums need.
+    """
+    return jax.lax.optimization_barrier(number)

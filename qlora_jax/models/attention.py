@@ -7,7 +7,7 @@ cap on them, and windows, which may differ from layer to layer.
   xla     block by block in plain XLA (`pallas_kernels.attention.xla`): memory linear in
           the length.
   cudnn   NVIDIA's fused kernel through `jax.nn.dot_product_attention`.
-  pallas  kernels for Hopper GPUs (`pallas_kernels.attention.gpu`).
+  pallas  kernels for Hopper GPUs (`pallas_kernels.attention.forward`).
 
 In all of them a query sees the keys at its own or an earlier index whose segment id
 equals its own. Padding is segment 0, documents of a packed row are 1, 2, ...; a padding

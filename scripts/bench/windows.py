@@ -83,8 +83,9 @@ def pallas_flops(length: int, window: int | None) -> dict[str, int]:
     """Counts the products of the blocks that our kernels visit, as they compute it."""
     import jax.numpy as jnp
 
-    from pallas_kernels.attention import gpu
-    from pallas_kernels.attention.blocks import BLOCK, causal_reach, reach
+    from pallas_kernels.attention.backward import KEYS, QUERIES
+    from pallas_kernels.attention.forward import TILES
+    from pallas_kernels.attention.reach import BLOCK, causal_reach, reach
 
     heads = HEADS["gpu"][0]
 
@@ -98,10 +99,10 @@ def pallas_flops(length: int, window: int | None) -> dict[str, int]:
         # A head of queries at a time, in the kernel that writes keys as well.
         return 2 * products * blocks * BLOCK * step * WIDTH * heads
 
-    backward = flops(3, gpu.QUERIES[WIDTH].width, queries=True)
-    backward += flops(4, gpu.KEYS[WIDTH].width, queries=False)
+    backward = flops(3, QUERIES[WIDTH].width, queries=True)
+    backward += flops(4, KEYS[WIDTH].width, queries=False)
     return {
-        "forward": flops(2, gpu.FORWARD[WIDTH].width, queries=True),
+        "forward": flops(2, TILES[WIDTH].width, queries=True),
         "backward": backward,
     }
 

@@ -33,8 +33,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels import flash_attention, mosaic
+from pallas_kernels.attention import backward as attention_backward
 from pallas_kernels.attention import decode as cached
-from pallas_kernels.attention import gpu as attention_gpu
+from pallas_kernels.attention.blocks import Form
+from pallas_kernels.attention.forward import forward as attention_forward
 from pallas_kernels.gated import gpu as gated_gpu
 from pallas_kernels.nf4 import decode, decode_plan, gpu, wgmma
 from pallas_kernels.nf4 import inner as nf4_inner
@@ -219,7 +221,7 @@ def lower_attention(request: dict[str, Any], array: Any) -> jax.stages.Lowered:
     k = v = array((batch, length, request["groups"], request["width"]), jnp.bfloat16)
     segments = array((batch, length), jnp.int32) if request["packed"] else None
     if request["kernel"] == "forward":
-        return jax.jit(attention_gpu.forward).lower(q, k, v, segments)
+        return jax.jit(attention_forward).lower(q, k, v, segments)
     if request["kernel"] == "gradient":
 
         def gradient(q: Any, k: Any, v: Any, dout: Any, segments: Any) -> Any:
@@ -229,8 +231,8 @@ def lower_attention(request: dict[str, Any], array: Any) -> jax.stages.Lowered:
             return jax.vjp(call, q, k, v)[1](dout)
 
         return jax.jit(gradient).lower(q, k, v, dout, segments)
-    kernel = getattr(attention_gpu, f"_backward_{request['kernel']}")
-    form = attention_gpu.Form.of(request["width"], scale=None, softcap=None)
+    kernel = getattr(attention_backward, f"_backward_{request['kernel']}")
+    form = Form.of(request["width"], scale=None, softcap=None)
     options = {"window": None, "form": form, "tiles": None, "interpret": False}
     backward = functools.partial(kernel, **options)
     numbers = array((batch, heads, 2, length), jnp.float32)

@@ -18,7 +18,7 @@ either_width = pytest.mark.parametrize("other_rows", [64, 128])
 @pytest.mark.parametrize("window", [None, 1, 64, 130])
 def test_no_block_that_is_seen_is_left_out(any_row, other_rows, queries, window):
     """And a clear one is visible throughout."""
-    from pallas_kernels.attention.blocks import BLOCK, reach
+    from pallas_kernels.attention.reach import BLOCK, reach
 
     kind, row = any_row
     visible = np.tril(row[:, None] == row[None, :])
@@ -50,7 +50,7 @@ def test_no_block_that_is_seen_is_left_out(any_row, other_rows, queries, window)
 @either_side
 @either_width
 def test_rows_of_one_segment_need_no_search(other_rows, queries):
-    from pallas_kernels.attention.blocks import BLOCK, causal_reach, reach
+    from pallas_kernels.attention.reach import BLOCK, causal_reach, reach
 
     ones = jnp.ones((2, 640), jnp.int32)
     searched = reach(ones, BLOCK, other_rows, queries=queries)

@@ -24,10 +24,10 @@ def test_the_log_sum_exp_is_exact(
     if implementation == "reference":
         _, lse = reference_attention(q, k, v, segments)
     else:
-        from pallas_kernels.attention import gpu
+        from pallas_kernels.attention.forward import forward
 
         interpret = device.interpreter() if implementation == "interpret" else False
-        _, lse = gpu.forward(q, k, v, segments, interpret=interpret)
+        _, lse = forward(q, k, v, segments, interpret=interpret)
     assert lse.dtype == jnp.float32
     # Products of bfloat16 are exact in float32; 64 terms and 256 exponentials, whose
     # approximations on a GPU are good to 2^-22.
@@ -41,14 +41,16 @@ def test_the_log_sum_exp_is_exact(
 def test_any_tiles_give_the_result(
     stages, width, inputs, packed_row, float64_attention
 ):
-    from pallas_kernels.attention import gpu
+    from pallas_kernels.attention.backward import backward
+    from pallas_kernels.attention.blocks import Tiles
+    from pallas_kernels.attention.forward import forward
 
     q, k, v, dout = inputs(384, heads=1)
     segments = jnp.asarray(packed_row[None], jnp.int32)
-    tiles, interpret = gpu.Tiles(width, stages), device.interpreter()
-    out, lse = gpu.forward(q, k, v, segments, tiles=tiles, interpret=interpret)
+    tiles, interpret = Tiles(width, stages), device.interpreter()
+    out, lse = forward(q, k, v, segments, tiles=tiles, interpret=interpret)
     named = {"query_tiles": tiles, "key_tiles": tiles, "interpret": interpret}
-    gradients = gpu.backward(q, k, v, segments, out, lse, dout, **named)
+    gradients = backward(q, k, v, segments, out, lse, dout, **named)
     # Rounded as in test_api.py.
     want = float64_attention(q, k, v, dout, segments)[:4]
     for a, b in zip((out, *gradients), want, strict=True):
@@ -60,8 +62,8 @@ def test_any_tiles_give_the_result(
 def test_the_detector_sees_a_missing_barrier(monkeypatch, inputs, detects_race):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    from pallas_kernels.attention import gpu
+    from pallas_kernels.attention.forward import forward
 
     monkeypatch.setattr(plgpu, "barrier_wait", lambda barrier: None)
     q, k, v, _ = inputs(384, heads=1)
-    assert detects_race(gpu.forward, q, k, v, None, interpret=device.interpreter())
+    assert detects_race(forward, q, k, v, None, interpret=device.interpreter())
