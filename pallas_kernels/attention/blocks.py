@@ -141,11 +141,17 @@ class Ring(NamedTuple):
     """Passed when every warpgroup that computes has released the slot."""
 
     @classmethod
-    def of(cls, stages: int, *buffers: Any) -> Ring:
-        """Returns the scratch of a ring for buffers [stages, ...]."""
+    def of(cls, stages: int, *buffers: Any, arrivals: int | None = None) -> Ring:
+        """Returns the scratch of a ring for buffers [stages, ...].
+
+        Args:
+          stages: slots.
+          buffers: each takes one copy a step.
+          arrivals: copies a step, if the only buffer takes several, one after another.
+        """
         return cls(
             buffers,
-            plgpu.Barrier(num_arrivals=len(buffers), num_barriers=stages),
+            plgpu.Barrier(num_arrivals=arrivals or len(buffers), num_barriers=stages),
             plgpu.Barrier(num_arrivals=GROUPS, num_barriers=stages),
         )
 
@@ -161,8 +167,11 @@ class Ring(NamedTuple):
         def _() -> None:
             plgpu.barrier_wait(self.free.at[slot])
 
-        for source, buffer in zip(sources, self.buffers, strict=True):
-            plgpu.copy_gmem_to_smem(source, buffer.at[slot], self.ready.at[slot])
+        targets = [buffer.at[slot] for buffer in self.buffers]
+        if len(sources) > len(targets):
+            targets = [targets[0].at[i] for i in range(len(sources))]
+        for source, target in zip(sources, targets, strict=True):
+            plgpu.copy_gmem_to_smem(source, target, self.ready.at[slot])
 
     def at(self, step: Any) -> list[Any]:
         """Returns the operands of a step that has been waited for."""

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import device
 from pallas_kernels.attention.blocks import (
     LOG2E,
     MASKED,
@@ -32,7 +33,17 @@ from pallas_kernels.attention.blocks import (
     vector,
     zeros,
 )
-from pallas_kernels.attention.reach import BLOCK, GROUPS, ROWS, Given, Visits, operands
+from pallas_kernels.attention.reach import (
+    BLOCK,
+    GROUPS,
+    ROWS,
+    Given,
+    Reach,
+    Schedule,
+    Visits,
+    longest_first,
+    operands,
+)
 from pallas_kernels.mosaic import operand
 
 # What the registers of a thread and the shared memory of a block (227 KiB) hold.
@@ -79,113 +90,146 @@ def forward(
     marks = 1 if segments is None else 2
     interpreted = bool(interpret)
 
-    def place() -> tuple[Any, Any, Any]:
-        """Row of the batch, head, and block: those with the most keys begin first."""
-        axis = jax.lax.axis_index
-        return axis("row"), axis("head"), length // BLOCK - 1 - axis("block")
+    arrays = operands(segments, window, batch, length, keys, queries=True)
+    order = longest_first(Reach(*arrays[: len(Reach._fields)]))
+    # The interpreter gets few blocks of threads, each of which goes over several tiles.
+    threads = 2 if interpreted else device.multiprocessors()
+    threads = min(threads, order.size * heads)
 
-    def copy(q: Any, k: Any, v: Any, *refs: Any) -> None:
-        del q
-        given, (_, _, _, _, k_ring, v_ring, _) = split(refs)
-        row, head, block = place()
-        visits = Visits.of(given.limits, row, block)
+    def schedule_of(order: Any) -> Schedule:
+        return Schedule(order, heads, length // BLOCK, threads)
 
-        def step(number: Any, carry: None) -> None:
-            step_keys = pl.ds(visits.block(number) * keys, keys)
-            source = (row, step_keys, jax.lax.div(head, sharing))
-            k_ring.copy(number, k.at[source], given.marks.at[row, :, step_keys])
-            v_ring.copy(number, v.at[source])
+    def copy(q: Any, k: Any, v: Any, order: Any, *refs: Any) -> None:
+        given, (_, _, q_ring, k_ring, v_ring, _) = split(refs)
+        schedule = schedule_of(order)
 
-        jax.lax.fori_loop(0, visits.total, step, None)
+        def tile(number: Any, earlier: Any) -> Any:
+            row, head, block = schedule.tile(number)
+            visits = Visits.of(given.limits, row, block)
+            q_ring.copy(
+                number,
+                *(
+                    q.at[row, pl.ds(block * BLOCK + group * ROWS, ROWS), head]
+                    for group in range(GROUPS)
+                ),
+            )
 
-    def compute(group: Any, q: Any, k: Any, v: Any, *refs: Any) -> None:
-        del k
+            def step(number: Any, carry: None) -> None:
+                del carry
+                step_keys = pl.ds(visits.block(number) * keys, keys)
+                source = (row, step_keys, jax.lax.div(head, sharing))
+                step_marks = given.marks.at[row, :, step_keys]
+                k_ring.copy(earlier + number, k.at[source], step_marks)
+                v_ring.copy(earlier + number, v.at[source])
+
+            jax.lax.fori_loop(0, visits.total, step, None)
+            return earlier + visits.total
+
+        jax.lax.fori_loop(0, schedule.rounds(), tile, 0)
+
+    def compute(group: Any, q: Any, k: Any, v: Any, order: Any, *refs: Any) -> None:
+        del q, k
         given, refs = split(refs)
-        out, lse, q_s, rows_ready, k_ring, v_ring, turns = refs
+        out, lse, q_ring, k_ring, v_ring, turns = refs
         turns = Turns(turns, group)
-        row, head, block = place()
-        visits = Visits.of(given.limits, row, block)
-        start = block * BLOCK + group * ROWS
-        queries = pl.ds(start, ROWS)
-        target = (row, queries, head)
-        plgpu.copy_gmem_to_smem(q.at[target], q_s.at[group], rows_ready.at[group])
-        rows = [vector(given.marks.at[row, i, queries], 0) for i in range(marks)]
+        schedule = schedule_of(order)
         window = None if given.window is None else given.window[0]
 
-        def weights_of(
-            number: Any, scores: Any, columns: Any, top: Any, total: Any, hidden: bool
-        ) -> Any:
-            """The softmax weights of a step, and what becomes of the earlier ones."""
-            scores = form.cap(scores)
-            if hidden:
-                scores = masked(scores, rows, columns, window, transposed=False)
-            k_ring.release(number, interpret=interpreted)
-            # As in `xla._flash_fwd`, with exponentials of base 2.
-            # The scale multiplies the maximum and, within the exponent, the scores: one
-            # multiply-add for each, and no pass of its own.
-            new_top = jnp.maximum(top, scores.max(axis=1) * scale)
-            shrink = jnp.exp2(top - new_top)
-            weights = jnp.exp2(scores * scale - across(new_top, scores.shape))
-            # Summed in float32, before the product takes the weights as bfloat16.
-            total = total * shrink + weights.sum(axis=1)
-            return weights.astype(v.dtype), new_top, total, shrink
+        def tile(number: Any, earlier: Any) -> Any:
+            row, head, block = schedule.tile(number)
+            visits = Visits.of(given.limits, row, block)
+            queries = pl.ds(block * BLOCK + group * ROWS, ROWS)
+            rows = [vector(given.marks.at[row, i, queries], 0) for i in range(marks)]
+            (q_s,) = q_ring.wait(number)
+            q_s = q_s.at[group]
+            sums, top, total = attend(q_s, rows, visits, earlier)
+            # A query sees at least itself, so the total is not 0. No product reads q
+            # now: its buffer takes the output, in the layout that the copy expects.
+            q_s[...] = (sums * across(1.0 / total, sums.shape)).astype(out.dtype)
+            # Back to base e: ln(sum e^s) = m ln 2 + ln l.
+            lse[row, head, queries] = top * (1.0 / LOG2E) + jnp.log(total)
+            # Threads wrote the buffer: only now may the copy engine read it.
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(q_s, out.at[row, queries, head])
+            # The buffer takes other queries once the copy has read it.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            q_ring.release(number, interpret=interpreted)
+            return earlier + visits.total
 
-        def step_of(hidden: bool) -> Any:
-            def step(number: Any, carry: Any) -> Any:
-                sums, weights, top, total = carry
-                k_s, columns = k_ring.wait(number)
-                (v_s,) = v_ring.wait(number - 1)
-                turns.wait()
-                # The last step's weights times values and, right behind, this step's
-                # scores. `wgmma` reads a 16-bit operand in either order: the
-                # transposition of k is a flag, not a copy.
-                sums, scores = add_products(
-                    (sums, weights, v_s),
-                    (zeros(ROWS, keys), q_s.at[group], k_s.transpose((1, 0))),
-                    started=turns.give,
-                    first_done=lambda: v_ring.release(
-                        number - 1, interpret=interpreted
-                    ),
-                    interpret=interpreted,
-                )
-                weights, top, total, shrink = weights_of(
-                    number, scores, columns, top, total, hidden
-                )
-                return sums * across(shrink, sums.shape), weights, top, total
+        def attend(q_s: Any, rows: Any, visits: Visits, earlier: Any) -> Any:
+            """Returns the sums, maxima and totals of a warpgroup's queries."""
 
-            return step
+            def weights_of(
+                number: Any, scores: Any, columns: Any, carry: Any, hidden: bool
+            ) -> Any:
+                """The weights of a step, and what becomes of the earlier ones."""
+                top, total = carry
+                scores = form.cap(scores)
+                if hidden:
+                    scores = masked(scores, rows, columns, window, transposed=False)
+                k_ring.release(earlier + number, interpret=interpreted)
+                # As in `xla._flash_fwd`, with exponentials of base 2.
+                # The scale multiplies the maximum and, within the exponent, the scores:
+                # one multiply-add for each, and no pass of its own.
+                new_top = jnp.maximum(top, scores.max(axis=1) * scale)
+                shrink = jnp.exp2(top - new_top)
+                weights = jnp.exp2(scores * scale - across(new_top, scores.shape))
+                # Summed in float32, before the product takes the weights as bfloat16.
+                total = total * shrink + weights.sum(axis=1)
+                return weights.astype(v.dtype), (new_top, total), shrink
 
-        # A warpgroup waits for its own rows only.
-        plgpu.barrier_wait(rows_ready.at[group])
+            def step_of(hidden: bool) -> Any:
+                def step(number: Any, carry: Any) -> Any:
+                    sums, weights, numbers = carry
+                    k_s, columns = k_ring.wait(earlier + number)
+                    (v_s,) = v_ring.wait(earlier + number - 1)
+                    turns.wait()
+                    # The last step's weights times values and, right behind, this
+                    # step's scores. `wgmma` reads a 16-bit operand in either order: the
+                    # transposition of k is a flag, not a copy.
+                    sums, scores = add_products(
+                        (sums, weights, v_s),
+                        (zeros(ROWS, keys), q_s, k_s.transpose((1, 0))),
+                        started=turns.give,
+                        first_done=lambda: v_ring.release(
+                            earlier + number - 1, interpret=interpreted
+                        ),
+                        interpret=interpreted,
+                    )
+                    weights, numbers, shrink = weights_of(
+                        number, scores, columns, numbers, hidden
+                    )
+                    return sums * across(shrink, sums.shape), weights, numbers
+
+                return step
+
+            # The first step has no weights before it. Something is hidden from it.
+            k_s, columns = k_ring.wait(earlier)
+            turns.wait()
+            (scores,) = products((q_s, k_s.transpose((1, 0))), started=turns.give)
+            # The running maximum starts below a masked score, so that the first visible
+            # score wipes out what came of masked ones.
+            numbers = full(ROWS, 2 * MASKED), full(ROWS, 0.0)
+            weights, numbers, _ = weights_of(0, scores, columns, numbers, True)
+            carry = (zeros(ROWS, width), weights, numbers)
+            carry = jax.lax.fori_loop(1, visits.masked, step_of(True), carry)
+            carry = jax.lax.fori_loop(
+                visits.masked, visits.total, step_of(False), carry
+            )
+            sums, weights, numbers = carry
+            last = earlier + visits.total - 1
+            (v_s,) = v_ring.wait(last)
+            turns.wait()
+            (sums,) = add_products(
+                (sums, weights, v_s), started=turns.give, interpret=interpreted
+            )
+            v_ring.release(last, interpret=interpreted)
+            return sums, *numbers
+
         turns.begin()
-        # The first step has no weights before it. Something is always hidden from it.
-        k_s, columns = k_ring.wait(0)
-        turns.wait()
-        (scores,) = products((q_s.at[group], k_s.transpose((1, 0))), started=turns.give)
-        # The running maximum starts below a masked score, so that the first visible
-        # score wipes out what came of masked ones.
-        weights, top, total, _ = weights_of(
-            0, scores, columns, full(ROWS, 2 * MASKED), full(ROWS, 0.0), True
-        )
-        carry = (zeros(ROWS, width), weights, top, total)
-        carry = jax.lax.fori_loop(1, visits.masked, step_of(True), carry)
-        carry = jax.lax.fori_loop(visits.masked, visits.total, step_of(False), carry)
-        sums, weights, top, total = carry
-        (v_s,) = v_ring.wait(visits.total - 1)
-        turns.wait()
-        (sums,) = add_products(
-            (sums, weights, v_s), started=turns.give, interpret=interpreted
-        )
-        # A query sees at least itself, so the total is not 0. No product reads q any
-        # more: its buffer takes the output, in the layout that the copy expects.
-        q_s[group] = (sums * across(1.0 / total, sums.shape)).astype(out.dtype)
-        # Back to base e: ln(sum e^s) = m ln 2 + ln l.
-        lse[row, head, queries] = top * (1.0 / LOG2E) + jnp.log(total)
-        # Threads wrote the buffer: only now may the copy engine read it.
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q_s.at[group], out.at[target])
+        jax.lax.fori_loop(0, schedule.rounds(), tile, 0)
         turns.end()
-        # The copy reads shared memory, which is given away when the threads end.
+        # The last copy reads shared memory, which is given away when the threads end.
         plgpu.wait_smem_to_gmem(0)
 
     run = launch(
@@ -196,8 +240,7 @@ def forward(
             jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
         ),
         [
-            operand((GROUPS, ROWS, width), q.dtype),
-            plgpu.Barrier(num_barriers=GROUPS),
+            Ring.of(2, operand((2, GROUPS, ROWS, width), q.dtype), arrivals=GROUPS),
             Ring.of(
                 stages,
                 operand((stages, keys, width), q.dtype),
@@ -207,10 +250,8 @@ def forward(
             plgpu.Barrier(num_barriers=GROUPS),
         ],
         name="attention_forward",
-        # Heads run first: those that share keys run together and find them in L2.
-        grid={"block": length // BLOCK, "row": batch, "head": heads},
+        grid={"block": threads},
         interpret=interpret,
     )
-    arrays = operands(segments, window, batch, length, keys, queries=True)
-    out, lse = run(q, k, v, *arrays)
+    out, lse = run(q, k, v, order, *arrays)
     return out, lse

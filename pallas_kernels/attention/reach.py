@@ -144,7 +144,58 @@ def _ids(segments: jax.Array, rows: int) -> _Ids:
     )
 
 
+def longest_first(limits: Reach) -> jax.Array:
+    """Returns the blocks of all rows, numbered row by row, in order of their length.
+
+    That is the number of blocks that they meet. Computed without a sort, which would be
+    a kernel of its own: the comparisons of all pairs are reduced at once.
+    """
+    length = (limits.last - limits.first).reshape(-1)
+    number = np.arange(length.size, dtype=np.int32)
+    before = length[None, :] > length[:, None]
+    before |= (length[None, :] == length[:, None]) & (number[None, :] < number[:, None])
+    rank = before.sum(axis=1, dtype=jnp.int32)
+    return jnp.where(rank[None, :] == number[:, None], number, 0).sum(axis=1)
+
+
 # --- Within a kernel ---
+
+
+class Schedule(NamedTuple):
+    """Which tiles, a block of rows of one head each, a block of threads computes.
+
+    As many blocks of threads as there are multiprocessors stay, and go over the tiles
+    in rounds, from the longest to the shortest. Every other round runs backwards, so
+    that no block gets the longer ones each time.
+    """
+
+    order: Any
+    """Of `longest_first`."""
+    heads: int
+    blocks: int
+    """Of a row."""
+    threads: int
+    """Blocks of threads."""
+
+    def rounds(self) -> Any:
+        """Returns how many tiles this block of threads computes."""
+        full, rest = divmod(self.order.shape[0] * self.heads, self.threads)
+        return full + (self._place(full) < rest).astype(jnp.int32)
+
+    def tile(self, number: Any) -> tuple[Any, Any, Any]:
+        """Returns row, head and block of a round's tile.
+
+        Heads run first: those that share keys run together and find them in L2.
+        """
+        tile = number * self.threads + self._place(number)
+        block = self.order[jax.lax.div(tile, self.heads)]
+        head = jax.lax.rem(tile, self.heads)
+        return jax.lax.div(block, self.blocks), head, jax.lax.rem(block, self.blocks)
+
+    def _place(self, number: Any) -> Any:
+        own = jax.lax.axis_index("block")
+        backwards = jax.lax.rem(number, 2) == 1
+        return jnp.where(backwards, self.threads - 1 - own, own)
 
 
 class Visits(NamedTuple):

@@ -58,3 +58,15 @@ def test_rows_of_one_segment_need_no_search(other_rows, queries):
     for a, b in zip(searched, known, strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)
+
+
+def test_the_longest_blocks_come_first():
+    """Every block once, and equal ones in their order, so that runs do not differ."""
+    from pallas_kernels.attention.reach import BLOCK, longest_first, reach
+
+    rng = np.random.default_rng(0)
+    segments = jnp.asarray(np.sort(rng.integers(1, 5, (3, 1024))), jnp.int32)
+    limits = reach(segments, BLOCK, 128, queries=True)
+    lengths = np.asarray(limits.last - limits.first).reshape(-1)
+    want = np.argsort(-lengths, kind="stable")
+    np.testing.assert_array_equal(longest_first(limits), want)
