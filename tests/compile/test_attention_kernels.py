@@ -42,6 +42,8 @@ def test_nothing_spills_and_a_multiprocessor_holds_a_block(case, kernel):
     kernel.assert_fits(threads=3 * 128)
     heads = case["groups" if case["kernel"] == "keys" else "heads"]
     blocks = case["batch"] * heads * case["length"] // 128
+    if case["kernel"] == "forward":
+        blocks = 132  # as many as an H200 has multiprocessors; they stay
     assert math.prod(kernel.launch.grid) == blocks
 
 
