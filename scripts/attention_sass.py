@@ -11,8 +11,8 @@ Columns describe one step of the innermost loop without a mask, of one warpgroup
   products     tensor core instructions, in groups that end with a wait for all
   tensor       clocks that they occupy the tensor cores; m64nNk16 takes N / 2
   shared       clocks that reading their operands takes, at 128 bytes a clock
-  exp2         exponentials of a thread, 2 clocks each with both warpgroups
-  other        instructions besides both, a clock each: of a warp in each quarter
+  exp2         exponentials of a thread, of which a warp takes 8 clocks each
+  other        instructions besides both, of which a warp takes a clock each
 Then, of the kernel: registers used of those granted, bytes spilled, shared memory.
 """
 
