@@ -243,7 +243,10 @@ def _backward_keys(
     batch, length, heads, width = q.shape
     groups = k.shape[2]
     sharing = heads // groups
-    queries, stages = tiles or KEYS[width]
+    if tiles is None:
+        # With a cap, the capped scores are kept for its derivative.
+        tiles = KEYS[width] if form.inner is None else Tiles(64, 4)
+    queries, stages = tiles
     split = functools.partial(Given.split, windowed=window is not None)
     marks = 1 if segments is None else 2
     interpreted = bool(interpret)

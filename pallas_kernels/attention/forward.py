@@ -135,14 +135,25 @@ def forward(
         schedule = schedule_of(order)
         window = None if given.window is None else given.window[0]
 
-        def tile(number: Any, earlier: Any) -> Any:
+        def read(number: Any) -> Any:
+            """Reads what is known of a tile before it is computed."""
             row, head, block = schedule.tile(number)
             visits = Visits.of(given.limits, row, block)
-            queries = pl.ds(block * BLOCK + group * ROWS, ROWS)
-            rows = [vector(given.marks.at[row, i, queries], 0) for i in range(marks)]
+            queries = block * BLOCK + group * ROWS
+            rows = [
+                vector(given.marks.at[row, i, pl.ds(queries, ROWS)], 0)
+                for i in range(marks)
+            ]
+            return (row, head, queries), visits, rows
+
+        def tile(number: Any, carry: Any) -> Any:
+            earlier, ((row, head, queries), visits, rows) = carry
             (q_s,) = q_ring.wait(number)
             q_s = q_s.at[group]
             sums, top, total = attend(q_s, rows, visits, earlier)
+            # The memory answers while the output is written.
+            following = read(number + 1)
+            queries = pl.ds(queries, ROWS)
             # A query sees at least itself, so the total is not 0. No product reads q
             # now: its buffer takes the output, in the layout that the copy expects.
             q_s[...] = (sums * across(1.0 / total, sums.shape)).astype(out.dtype)
@@ -154,7 +165,7 @@ def forward(
             # The buffer takes other queries once the copy has read it.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             q_ring.release(number, interpret=interpreted)
-            return earlier + visits.total
+            return earlier + visits.total, following
 
         def attend(q_s: Any, rows: Any, visits: Visits, earlier: Any) -> Any:
             """Returns the sums, maxima and totals of a warpgroup's queries."""
@@ -227,7 +238,7 @@ def forward(
             return sums, *numbers
 
         turns.begin()
-        jax.lax.fori_loop(0, schedule.rounds(), tile, 0)
+        jax.lax.fori_loop(0, schedule.rounds(), tile, (0, read(0)))
         turns.end()
         # The last copy reads shared memory, which is given away when the threads end.
         plgpu.wait_smem_to_gmem(0)

@@ -183,11 +183,12 @@ class Schedule(NamedTuple):
         return full + (self._place(full) < rest).astype(jnp.int32)
 
     def tile(self, number: Any) -> tuple[Any, Any, Any]:
-        """Returns row, head and block of a round's tile.
+        """Returns row, head and block of a round's tile; past the last, of the last.
 
         Heads run first: those that share keys run together and find them in L2.
         """
         tile = number * self.threads + self._place(number)
+        tile = jnp.minimum(tile, self.order.shape[0] * self.heads - 1)
         block = self.order[jax.lax.div(tile, self.heads)]
         head = jax.lax.rem(tile, self.heads)
         return jax.lax.div(block, self.blocks), head, jax.lax.rem(block, self.blocks)
