@@ -30,18 +30,6 @@ from typing import Any
 
 from qlora_jax.planning.compile import ENVIRONMENT, XLA_FLAGS
 
-# Before jax is imported.
-os.environ |= {**ENVIRONMENT, "XLA_FLAGS": " ".join(XLA_FLAGS)}
-os.environ["MOSAIC_GPU_DUMP_HOST_LLVM"] = "1"
-
-import jax
-import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
-
-from qlora_jax.compiler import compiler_options
-from qlora_jax.planning.gpus import CARDS
-from qlora_jax.planning.step import gpu_mesh
-
 SIZES = {"batch": 2, "length": 4096, "heads": 32, "groups": 8}
 COLUMNS = (
     "kernel",
@@ -155,6 +143,13 @@ def describe(ptx: Path) -> dict[str, Any]:
 
 def compiled(function: Callable[..., Any], *arrays: Any) -> dict[str, dict[str, Any]]:
     """Compiles a function for an H200 and describes its kernels, by their names."""
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from qlora_jax.compiler import compiler_options
+    from qlora_jax.planning.gpus import CARDS
+    from qlora_jax.planning.step import gpu_mesh
+
     mesh = gpu_mesh(CARDS["h200"])
     device = NamedSharding(mesh, PartitionSpec())
     abstract = [
@@ -171,6 +166,8 @@ def compiled(function: Callable[..., Any], *arrays: Any) -> dict[str, dict[str, 
 
 def ours(width: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Counts our kernels, whole and packed."""
+    import jax.numpy as jnp
+
     from pallas_kernels.attention.backward import backward
     from pallas_kernels.attention.forward import forward
 
@@ -188,6 +185,8 @@ def ours(width: int) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def peer(width: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Counts jax's kernels: float16, forward causal, backward of every score."""
+    import jax
+    import jax.numpy as jnp
     from jax.experimental.pallas.ops.gpu import attention_mgpu
 
     batch, length, heads, groups = SIZES.values()
@@ -223,6 +222,9 @@ def main() -> None:
     parser.add_argument("--width", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--peer", action="store_true", help="jax's kernels as well")
     args = parser.parse_args()
+    # Before jax is imported.
+    os.environ |= {**ENVIRONMENT, "XLA_FLAGS": " ".join(XLA_FLAGS)}
+    os.environ["MOSAIC_GPU_DUMP_HOST_LLVM"] = "1"
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     for width in args.width:
         for kernels in (ours, peer) if args.peer else (ours,):
