@@ -115,3 +115,9 @@ def random_packed() -> Callable[..., tuple]:
         return jnp.asarray(codes), jnp.asarray(absmax), second
 
     return make
+
+
+@pytest.fixture
+def unchecked() -> Callable[[Callable], Callable]:
+    """Takes jaxtyping's check, which only the tests have, away from a function."""
+    return lambda function: getattr(function, "__wrapped__", function)

@@ -127,13 +127,12 @@ def test_the_kernels_are_for_hopper(simulate_gpu):
         assert "one device, and the mesh has 2" in api.refusal(gate_up, (16,))
 
 
-def test_shapes_that_do_not_fit_are_refused():
+def test_shapes_that_do_not_fit_are_refused(unchecked):
     gate_up, dh, z, a = draw(128, 128, (16, 16, 16))
-    # Without jaxtyping's own check, which only the tests run.
     with pytest.raises(ValueError, match="128 features"):
-        gated_activation.__wrapped__(gate_up[:, :128], a)
+        unchecked(gated_activation)(gate_up[:, :128], a)
     with pytest.raises(ValueError, match="three z of 128 rows"):
-        gated_gradients.__wrapped__(gate_up, dh[:, :64], z)
+        unchecked(gated_gradients)(gate_up, dh[:, :64], z)
 
 
 @pytest.mark.interpret

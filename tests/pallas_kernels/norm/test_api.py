@@ -174,12 +174,11 @@ def test_the_kernels_are_for_hopper(simulate_gpu):
         ({3: jnp.ones(8)}, "each of the 16 rows"),
     ],
 )
-def test_shapes_that_do_not_fit_are_refused(change, reason):
+def test_shapes_that_do_not_fit_are_refused(change, reason, unchecked):
     arguments, _ = draw(256, 16)
     arguments = [change.get(i, v) for i, v in enumerate(arguments)]
     with pytest.raises(ValueError, match=reason):
-        # Without jaxtyping's own check, which only the tests run.
-        normed_input.__wrapped__(*arguments, eps=EPS)
+        unchecked(normed_input)(*arguments, eps=EPS)
 
 
 @pytest.mark.interpret
