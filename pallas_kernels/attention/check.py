@@ -1,8 +1,10 @@
 """Checks the attention kernels on the device at hand, before a run relies on them.
 
 Their numerics are tested in Pallas's interpreter and their code is compiled, but a
-driver, a compiler or a device may still break them. The check takes a second: packed
-rows of a few hundred tokens, forward and backward, against the formula in float32.
+driver, a compiler or a device may still break them. Above all the interpreter finishes
+every product at once, so only a device shows whether a buffer is given back while a
+product still reads it. The check takes a second: packed rows, forward and backward,
+against the formula in float32.
 """
 
 from __future__ import annotations
@@ -14,13 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from pallas_kernels import device
 from pallas_kernels.attention.api import flash_attention
 from pallas_kernels.attention.variant import PLAIN, Variant
 
-# Tokens of the documents of each row; the rest is padding. Documents of one token, of a
-# block of the kernels and one more, across blocks, and a row of padding alone.
-_DOCUMENTS = ((1, 130, 200, 1, 40), (384,), ())
-_LENGTH = 384
+# Tokens of the documents of a row; the rest is padding: documents of one token, of a
+# block of the kernels and one more, and across blocks.
+_DOCUMENTS = (1, 130, 200, 1, 40)
+# A row of one document goes round every ring of buffers several times; and with so many
+# tiles of 128 rows and a head, each multiprocessor has more than one of them.
+_LENGTH = 1152
+_BLOCK = 128
 _RESULTS = ("output", "dq", "dk", "dv")
 
 
@@ -46,8 +52,11 @@ def check_attention(
     *,
     variant: Variant = PLAIN,
     implementation: str = "pallas",
+    length: int = _LENGTH,
 ) -> AttentionCheck:
     """Computes packed rows by the kernels, by plain XLA and by the formula.
+
+    A row of several documents, one of padding alone, and others of one document.
 
     Args:
       heads: query heads.
@@ -55,6 +64,7 @@ def check_attention(
       head_dim: width of a head.
       variant: scale, soft cap and windows; the first window is checked.
       implementation: as `flash_attention` takes it.
+      length: tokens of a row, at least 384.
 
     Raises:
       ValueError: the implementation cannot compute this here; with the reason.
@@ -62,13 +72,16 @@ def check_attention(
     rng = np.random.default_rng(0)
     # As many query heads to a key/value head, and no more of them than needed.
     groups, heads = min(groups, 2), heads // groups * min(groups, 2)
-    shapes = [(len(_DOCUMENTS), _LENGTH, n, head_dim) for n in (heads, groups, groups)]
+    tiles = length // _BLOCK * heads
+    whole = 1 if length < _LENGTH else -(-2 * device.multiprocessors() // tiles)
+    documents = [_DOCUMENTS, (), *[(length,)] * whole]
+    shapes = [(len(documents), length, n, head_dim) for n in (heads, groups, groups)]
     *inputs, cotangent = (
         jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
         for shape in (*shapes, shapes[0])
     )
-    segments = np.zeros((len(_DOCUMENTS), _LENGTH), np.int32)
-    for row, lengths in enumerate(_DOCUMENTS):
+    segments = np.zeros((len(documents), length), np.int32)
+    for row, lengths in enumerate(documents):
         ids = np.repeat(np.arange(1, len(lengths) + 1), lengths)
         segments[row, : len(ids)] = ids
     # Padding has no meaning, so nothing comes from there.
