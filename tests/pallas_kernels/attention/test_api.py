@@ -5,7 +5,6 @@ wherever jax can (0.11 and newer). tests/compile holds what they are compiled to
 """
 
 import functools
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -449,7 +448,9 @@ def test_a_wrong_implementation_fails_the_check(wrong, monkeypatch):
         out = blockwise_attention(q, k, v, segments, variant, choice)
         return out if wrong == "segments" else out.at[0, 300].mul(jnp.nan)
 
-    check = partial(check_attention, 4, 2, 64, implementation="xla", length=384)
+    check = functools.partial(
+        check_attention, 4, 2, 64, implementation="xla", length=384
+    )
     right = check()
     monkeypatch.setattr(api, "blockwise_attention", broken)
     assert not AttentionCheck(check().errors, right.limits).passed
