@@ -95,6 +95,7 @@ def policies(
     lm_head: str = "auto",
     tied: bool = False,
     gpu: GpuSpec | None = None,
+    on_cpu: bool = False,
 ) -> list[Policy]:
     """Returns the policies of `LADDER` that keep the fixed settings, fastest first.
 
@@ -106,6 +107,8 @@ def policies(
       lm_head: the same, or "nf4".
       tied: the model's head is its embedding table.
       gpu: if it cannot run cuDNN, attention="auto" becomes "xla".
+      on_cpu: whether a CPU computes the step. There "none" is the fastest in a loop,
+        too.
 
     Raises:
       UserError: different memories for tied tables.
@@ -124,6 +127,8 @@ def policies(
         if remat not in ("auto", rung.remat):
             continue
         scan = rung.scan_layers if scan_layers == "auto" else scan_layers
+        if remat == "auto" and rung.remat == "none" and scan and not on_cpu:
+            continue  # the slowest of all, and needs most memory
         policy = Policy(
             rung.name.removesuffix(_UNROLLED) + _UNROLLED * (not scan),
             rung.remat,
