@@ -26,7 +26,7 @@ from qlora_jax.errors import UserError
 from qlora_jax.errors import readable_bytes as _gb
 from qlora_jax.models import attention_refusals, check_mesh
 from qlora_jax.planning import estimate
-from qlora_jax.planning.compile import compile_for
+from qlora_jax.planning.compile import check_fusion, compile_for
 from qlora_jax.planning.gpus import ALLOWANCE, PINNED_BYTES, PINNED_VARIABLE, GpuSpec
 from qlora_jax.planning.step import Step, StepMemory
 from qlora_jax.tree import Path
@@ -302,11 +302,12 @@ class Planner:
 
         Raises:
           UserError: the mesh does not divide the batch, the GPU cannot run this
-            attention, or the compiler fails.
+            attention or fusion, or the compiler fails.
         """
         step = policy.apply(step)
         if step not in self._plans:
             self._check(step)
+            check_fusion(step, self.gpu)
             self._plans[step] = self._compile(step, policy)
         return self._plans[step]
 

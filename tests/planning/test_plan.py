@@ -189,6 +189,18 @@ def test_a_mesh_that_does_not_divide_is_refused():
         planner.plan(STEP, RUNGS["full"])
 
 
+@pytest.mark.parametrize("choice", ["norms", "activation"])
+def test_one_pass_kernels_are_planned_for_the_gpus_that_have_them(choice):
+    compute = dataclasses.replace(STEP.compute, **{choice: "fused"})
+    step = dataclasses.replace(STEP, compute=compute)
+    assert Planner(CARDS["h200"]).plan(step, RUNGS["full"]).total
+    planner = Planner(CARDS["a100-80"])
+    with pytest.raises(UserError, match="Hopper .* a100-80 has 8.0. Plan with 'auto'"):
+        planner.plan(step, RUNGS["full"])
+    # A run on that GPU asks for the estimate, and says itself that it has no effect.
+    assert planner.estimate(step, RUNGS["full"]).total
+
+
 # --- The closed form ---
 
 
