@@ -314,6 +314,13 @@ class Planner:
     def _check(self, step: Step) -> None:
         """Raises if the GPU or the mesh cannot run the step."""
         check_mesh(self.mesh, step.train.batch_size)
+        for name in ("attention", "kernels"):
+            # Nothing divides them: every device would compute all rows.
+            if self._devices > 1 and getattr(step.compute, name) == "pallas":
+                raise UserError(
+                    f"{name}='pallas': those kernels run on one device, and the mesh "
+                    f"has {self._devices}. Use 'auto' or 'xla'."
+                )
         attention = step.compute.attention
         reasons = attention_refusals(
             attention,

@@ -189,6 +189,24 @@ def test_a_mesh_that_does_not_divide_is_refused():
         planner.plan(STEP, RUNGS["full"])
 
 
+@pytest.mark.parametrize("choice", ["attention", "kernels"])
+def test_kernels_that_nothing_divides_are_not_planned_for_several_devices(choice):
+    policy = dataclasses.replace(RUNGS["full"], attention="auto")
+    step = dataclasses.replace(
+        step_of(128, batch_size=2),
+        compute=dataclasses.replace(STEP.compute, kernels="auto"),
+    )
+    if choice == "attention":
+        policy = dataclasses.replace(policy, attention="pallas")
+    else:
+        compute = dataclasses.replace(step.compute, kernels="pallas")
+        step = dataclasses.replace(step, compute=compute)
+    assert Planner(CARDS["h200"]).plan(step, policy).total
+    planner = Planner(CARDS["h200"], mesh={"data": 2})
+    with pytest.raises(UserError, match=f"{choice}='pallas': .* the mesh has 2"):
+        planner.plan(step, policy)
+
+
 @pytest.mark.parametrize("choice", ["norms", "activation"])
 def test_one_pass_kernels_are_planned_for_the_gpus_that_have_them(choice):
     compute = dataclasses.replace(STEP.compute, **{choice: "fused"})
