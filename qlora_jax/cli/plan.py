@@ -145,7 +145,9 @@ class PlanCommand:
         card = find_gpu(self.gpu)
         planner = Planner(card, python=self._compiler(card), mesh=self._mesh(), say=say)
         step = settings.step(card)
-        attention = _attention(settings.model.attention, step, card)
+        attention = settings.model.attention
+        if planner.mesh == {"data": 1}:  # no kernel is divided among devices
+            attention = _attention(attention, step, card)
         candidates = policies(
             remat=settings.model.remat,
             scan_layers=settings.model.scan_layers,

@@ -136,6 +136,7 @@ def compile_for(
     from convert import scratch_directory
     from qlora_jax.planning.step import StepMemory
 
+    check_fusion(step, gpu)
     request = {
         "step": step.to_json(),
         "gpu": dataclasses.asdict(gpu),
@@ -158,6 +159,24 @@ def compile_for(
         counted=answer["counted"],
         program=text,
     )
+
+
+def check_fusion(step: Step, gpu: GpuSpec) -> None:
+    """Raises if a step is to be planned with one-pass kernels that a GPU has not.
+
+    A described device has no compute capability by which the kernels would refuse
+    themselves, as they do in a run.
+    """
+    compute = step.compute
+    if "fused" in (compute.norms, compute.activation) and (
+        gpu.compute_capability != (9, 0)
+    ):
+        raise UserError(
+            "fusion='fused': those kernels are laid out for NVIDIA's Hopper (compute "
+            f"capability 9.0: H100, H200), and {gpu.name} has "
+            f"{'.'.join(map(str, gpu.compute_capability))}. Plan with 'auto'; a run "
+            "there computes norms and activation without them."
+        )
 
 
 def _run_compiler(

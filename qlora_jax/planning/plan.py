@@ -26,7 +26,7 @@ from qlora_jax.errors import UserError
 from qlora_jax.errors import readable_bytes as _gb
 from qlora_jax.models import attention_refusals, check_mesh
 from qlora_jax.planning import estimate
-from qlora_jax.planning.compile import compile_for
+from qlora_jax.planning.compile import check_fusion, compile_for
 from qlora_jax.planning.gpus import ALLOWANCE, PINNED_BYTES, PINNED_VARIABLE, GpuSpec
 from qlora_jax.planning.step import Step, StepMemory
 from qlora_jax.tree import Path
@@ -95,6 +95,7 @@ def policies(
     lm_head: str = "auto",
     tied: bool = False,
     gpu: GpuSpec | None = None,
+    on_cpu: bool = False,
 ) -> list[Policy]:
     """Returns the policies of `LADDER` that keep the fixed settings, fastest first.
 
@@ -106,6 +107,8 @@ def policies(
       lm_head: the same, or "nf4".
       tied: the model's head is its embedding table.
       gpu: if it cannot run cuDNN, attention="auto" becomes "xla".
+      on_cpu: whether a CPU computes the step. There "none" is the fastest in a loop,
+        too.
 
     Raises:
       UserError: different memories for tied tables.
@@ -124,6 +127,8 @@ def policies(
         if remat not in ("auto", rung.remat):
             continue
         scan = rung.scan_layers if scan_layers == "auto" else scan_layers
+        if remat == "auto" and rung.remat == "none" and scan and not on_cpu:
+            continue  # the slowest of all, and needs most memory
         policy = Policy(
             rung.name.removesuffix(_UNROLLED) + _UNROLLED * (not scan),
             rung.remat,
@@ -297,17 +302,25 @@ class Planner:
 
         Raises:
           UserError: the mesh does not divide the batch, the GPU cannot run this
-            attention, or the compiler fails.
+            attention or fusion, or the compiler fails.
         """
         step = policy.apply(step)
         if step not in self._plans:
             self._check(step)
+            check_fusion(step, self.gpu)
             self._plans[step] = self._compile(step, policy)
         return self._plans[step]
 
     def _check(self, step: Step) -> None:
         """Raises if the GPU or the mesh cannot run the step."""
         check_mesh(self.mesh, step.train.batch_size)
+        for name in ("attention", "kernels"):
+            # Nothing divides them: every device would compute all rows.
+            if self._devices > 1 and getattr(step.compute, name) == "pallas":
+                raise UserError(
+                    f"{name}='pallas': those kernels run on one device, and the mesh "
+                    f"has {self._devices}. Use 'auto' or 'xla'."
+                )
         attention = step.compute.attention
         reasons = attention_refusals(
             attention,

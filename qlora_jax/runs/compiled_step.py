@@ -183,6 +183,7 @@ def compile_step(
         embed_tokens=settings.embed_tokens,
         lm_head=settings.lm_head,
         tied=model.config.tie_word_embeddings,
+        on_cpu=jax.default_backend() == "cpu",
     )
     names = [field.name for field in dataclasses.fields(Policy) if field.name != "name"]
     allowed.sort(

@@ -35,9 +35,12 @@ def test_every_policy_of_the_ladder_needs_less_than_the_previous():
 def test_policies_keep_fixed_settings():
     assert [p.name for p in policies()] == [p.name for p in LADDER]
     assert [p.name for p in policies(remat="full")] == ["full"]
-    # A loop over the layers, as on a CPU: rungs that differ in nothing else are one.
+    # A loop over the layers: rungs that differ in nothing else are one.
     loops = [p.name for p in policies(scan_layers=True)]
-    assert loops[:3] == ["none", "save_matmuls", "save_attention"]
+    assert loops[:2] == ["save_matmuls", "save_attention"]
+    # Keeping everything in a loop is the slowest on a GPU, and not on a CPU.
+    assert [p.name for p in policies(scan_layers=True, on_cpu=True)] == ["none", *loops]
+    assert [p.name for p in policies(remat="none", scan_layers=True)] == ["none"]
     (unrolled,) = policies(remat="full", scan_layers=False)
     assert (unrolled.name, unrolled.scan_layers) == ("full, unrolled", False)
     rungs = policies(remat="offload", embed_tokens="device", lm_head="nf4")
@@ -184,6 +187,36 @@ def test_a_mesh_that_does_not_divide_is_refused():
     planner = Planner(GPU, mesh={"fsdp": 8})
     with pytest.raises(UserError, match="`batch_size`=1 must be a multiple of the 8"):
         planner.plan(STEP, RUNGS["full"])
+
+
+@pytest.mark.parametrize("choice", ["attention", "kernels"])
+def test_kernels_that_nothing_divides_are_not_planned_for_several_devices(choice):
+    policy = dataclasses.replace(RUNGS["full"], attention="auto")
+    step = dataclasses.replace(
+        step_of(128, batch_size=2),
+        compute=dataclasses.replace(STEP.compute, kernels="auto"),
+    )
+    if choice == "attention":
+        policy = dataclasses.replace(policy, attention="pallas")
+    else:
+        compute = dataclasses.replace(step.compute, kernels="pallas")
+        step = dataclasses.replace(step, compute=compute)
+    assert Planner(CARDS["h200"]).plan(step, policy).total
+    planner = Planner(CARDS["h200"], mesh={"data": 2})
+    with pytest.raises(UserError, match=f"{choice}='pallas': .* the mesh has 2"):
+        planner.plan(step, policy)
+
+
+@pytest.mark.parametrize("choice", ["norms", "activation"])
+def test_one_pass_kernels_are_planned_for_the_gpus_that_have_them(choice):
+    compute = dataclasses.replace(STEP.compute, **{choice: "fused"})
+    step = dataclasses.replace(STEP, compute=compute)
+    assert Planner(CARDS["h200"]).plan(step, RUNGS["full"]).total
+    planner = Planner(CARDS["a100-80"])
+    with pytest.raises(UserError, match="Hopper .* a100-80 has 8.0. Plan with 'auto'"):
+        planner.plan(step, RUNGS["full"])
+    # A run on that GPU asks for the estimate, and says itself that it has no effect.
+    assert planner.estimate(step, RUNGS["full"]).total
 
 
 # --- The closed form ---
