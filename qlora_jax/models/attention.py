@@ -345,7 +345,7 @@ def attention_refusals(
     Returns:
       The reasons; empty if it can.
     """
-    dtype = jnp.dtype(dtype)  # a name is no equal of a type
+    dtype = jnp.dtype(dtype)  # a name does not equal a type
     if implementation in ("pallas", "interpret"):
         return flash.refusals(dtype, head_dim, capability)
     if implementation != "cudnn":
