@@ -513,12 +513,19 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--dry-run", action="store_true", help="all parts, narrow, on any device"
     )
-    p.add_argument("--budget", type=float, default=570, help="seconds for everything")
+    p.add_argument(
+        "--budget", type=float, default=570, help="seconds for everything (%(default)s)"
+    )
     p.add_argument("--size", default="8b", help="model sizes: 1b, 3b, 8b or 70b")
     p.add_argument("--model", type=Path, help="HF directory to train as well")
     p.add_argument("--peer-python", help="Python with torch and bitsandbytes")
     p.add_argument("--output", type=Path, default=ROOT / "benchmarks", help="folder")
-    p.add_argument("--tuned", type=Path, default=ROOT / "pallas_kernels" / "tuned")
+    p.add_argument(
+        "--tuned",
+        type=Path,
+        default=ROOT / "pallas_kernels" / "tuned",
+        help="folder of measured tiles",
+    )
     return p
 
 
@@ -537,6 +544,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.list:
         for part in todo:
             print(f"{part.name:<22} {part.summary} (at most {part.limit:.0f} s)")
+        print(f"at most {sum(part.limit for part in todo):,.0f} s together")
         return 0
     names = [part.name for part in todo]
     unknown = sorted(set(args.only or ()) - set(names))

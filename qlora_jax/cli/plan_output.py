@@ -57,6 +57,9 @@ def print_plan(report: Mapping[str, Any]) -> None:
     print("\nin [model] of the run file")
     for name in ("remat", "scan_layers", "attention", "embed_tokens", "lm_head"):
         print(f"  {name} = {json.dumps(report[name])}")
+    for name in ("kernels", "fusion"):
+        if report[name] != "auto":
+            print(f"  {name} = {json.dumps(report[name])}")
     if report["settings"] and report["fits"]:
         print("\nset for the run")
         for name, value in report["settings"].items():

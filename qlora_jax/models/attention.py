@@ -345,6 +345,7 @@ def attention_refusals(
     Returns:
       The reasons; empty if it can.
     """
+    dtype = jnp.dtype(dtype)  # a name does not equal a type
     if implementation in ("pallas", "interpret"):
         return flash.refusals(dtype, head_dim, capability)
     if implementation != "cudnn":
@@ -357,7 +358,7 @@ def attention_refusals(
     if len(variant.windows) > 1:
         reasons.append("it takes one window for all layers")
     if dtype not in (jnp.bfloat16, jnp.float16):
-        name = jnp.dtype(dtype).name
+        name = dtype.name
         reasons.append(f"it computes in bfloat16 or float16, not {name}")
     if head_dim % 8 or head_dim > 128:
         reasons.append(f"head_dim={head_dim} is not a multiple of 8 up to 128")

@@ -199,6 +199,8 @@ class Plan:
             "remat": step.compute.remat,
             "scan_layers": step.compute.scan_layers,
             "attention": step.compute.attention,
+            "kernels": step.compute.kernels,
+            "fusion": step.compute.norms,
             "embed_tokens": step.embed_tokens,
             "lm_head": step.lm_head,
             "dtype": step.compute.dtype,

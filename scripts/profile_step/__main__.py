@@ -31,9 +31,9 @@ from typing import Any, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # if not installed
 
-from convert.atomic import write_text
+from convert.atomic import check_new_file, write_text
 from pallas_kernels.nf4.shapes import MODELS
-from qlora_jax.choices import LoraProducts
+from qlora_jax.choices import Attention, Fusion, Kernels, LoraProducts, Remat
 from qlora_jax.errors import UserError
 from qlora_jax.planning import categories, hlo
 from qlora_jax.planning.compile import find_compiler, how_to_get_the_compiler
@@ -72,14 +72,23 @@ def parser() -> argparse.ArgumentParser:
     )
     names = ", ".join(MODELS)
     p.add_argument("--model", default="8b", help=f"{names}; or a config.json")
-    p.add_argument("--gpu", default="h200", help="as `qlora-jax plan --gpu`")
-    p.add_argument("--batch", type=int, default=4, help="rows")
-    p.add_argument("--length", type=int, default=2048, help="tokens of a row")
+    p.add_argument(
+        "--gpu", default="h200", help="as `qlora-jax plan --gpu` (%(default)s)"
+    )
+    p.add_argument("--batch", type=int, default=4, help="rows (%(default)s)")
+    p.add_argument(
+        "--length", type=int, default=2048, help="tokens of a row (%(default)s)"
+    )
     p.add_argument("--accumulate", type=int, default=1, help="micro-batches of a step")
-    p.add_argument("--rank", type=int, default=16, help="of the adapters")
+    p.add_argument("--rank", type=int, default=16, help="of the adapters (16)")
     p.add_argument("--alpha", type=float, help="LoRA's; default twice the rank")
     p.add_argument("--packed", action="store_true", help="rows of several documents")
-    p.add_argument("--remat", default="full", help="policy of the backward pass")
+    p.add_argument(
+        "--remat",
+        default="full",
+        choices=get_args(Remat),
+        help="what the backward pass recomputes (%(default)s)",
+    )
     p.add_argument("--unrolled", action="store_true", help="layers without a loop")
     p.add_argument(
         "--lora-products",
@@ -87,10 +96,13 @@ def parser() -> argparse.ArgumentParser:
         choices=get_args(LoraProducts),
         help="part of the products with the weights, or products of their own",
     )
-    p.add_argument("--attention", default="auto", help="implementation")
-    p.add_argument("--kernels", default="auto", help="of packed weights")
-    p.add_argument("--norms", default="auto", help="on their own or fused")
-    p.add_argument("--activation", default="auto", help="of the MLP, as --norms")
+    for name, choices, meaning in (
+        ("--attention", Attention, "implementation"),
+        ("--kernels", Kernels, "of packed weights"),
+        ("--norms", Fusion, "in one pass with products of adapters, or on their own"),
+        ("--activation", Fusion, "of the MLP, as --norms"),
+    ):
+        p.add_argument(name, default="auto", choices=get_args(choices), help=meaning)
     p.add_argument("--data", type=int, default=1, help="devices that divide the rows")
     p.add_argument("--fsdp", type=int, default=1, help="that divide weights as well")
     p.add_argument("--decode", type=int, default=0, help="new tokens of generation")
@@ -135,6 +147,13 @@ def run(args: argparse.Namespace) -> None:
     Raises:
       UserError: no compiler, or a file or setting that cannot be used.
     """
+    record = args.json or args.report
+    if args.page and record is None:
+        raise UserError("--page needs --json or --report, whose name marks the table.")
+    # Before a program is compiled, which takes minutes.
+    for path in filter(None, (args.json, args.save, args.plot)):
+        check_new_file(path)
+    before = _read_report(args.compare) if args.compare else None
     if args.report:
         report = _read_report(args.report)
         if args.top or args.by_layer or args.trace:
@@ -158,19 +177,13 @@ def run(args: argparse.Namespace) -> None:
             )
             print_measured(report, measured)
             report["measured"] = dataclasses.asdict(measured)
-    if args.compare:
-        before = _read_report(args.compare)
+    if args.json:
+        write_text(args.json, json.dumps(report, indent=1) + "\n")
+    if before:
         print(f"\nbefore: {title(before['settings'])}\n")
         header = ("reachable ms", "before", "after", "difference")
         print_columns([header, *compare_rows(before, report)])
-    if args.json:
-        write_text(args.json, json.dumps(report, indent=1) + "\n")
     if args.page:
-        record = args.json or args.report
-        if record is None:
-            raise UserError(
-                "--page needs --json or --report, whose name marks the table."
-            )
         update_page(args.page, record.stem, report)
     if args.plot:
         draw(report, args.plot)
@@ -196,7 +209,9 @@ def _read_report(path: Path) -> dict[str, Any]:
     try:
         report = json.loads(path.read_text())
         _ = report["settings"], report["categories"], report["reachable"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise UserError(f"`{path}` cannot be read: {error.strerror}.") from error
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"`{path}` was not written by --json: {error!r}.") from error
     return report
 

@@ -112,6 +112,13 @@ def test_a_card_without_bfloat16_gets_float16(plan_8b, refused, config_json):
     assert "compute capability 8.0 or newer, and this one has 7.5. Use 'auto'" in error
 
 
+def test_packed_rows_on_hopper_are_planned_with_our_attention(plan_8b):
+    pytest.importorskip("jax", minversion="0.11")
+    report = plan_8b("h100 --max-length 2048 --packing True")
+    assert report["attention"] == "pallas"
+    assert any("planned with attention='pallas'" in note for note in report["notes"])
+
+
 def test_the_estimate_refuses_what_the_compiler_would(plan_8b, refused, config_json):
     args = ("--model", config_json, "--gpu", "rtx-4090", "--max-length", "2048")
     error = refused("--attention pallas --dtype float32", *args)
