@@ -159,7 +159,9 @@ def compiled(function: Callable[..., Any], *arrays: Any) -> dict[str, dict[str, 
         os.environ["MOSAIC_GPU_DUMP_TO"] = folder
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             lowered = jax.jit(function).lower(*abstract)
-        lowered.compile(compiler_options=compiler_options("gpu"))
+        # jax 0.10 declares a narrower type.
+        options: Any = compiler_options("gpu")
+        lowered.compile(compiler_options=options)
         # Their names end with numbers, which depend on what was compiled before.
         return {ptx.stem: describe(ptx) for ptx in Path(folder).glob("*.ptx")}
 

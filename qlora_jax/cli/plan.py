@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -224,6 +225,8 @@ class PlanCommand:
                 else "packed rows: attention in plain XLA, block by block; no faster "
                 "kernel takes them here."
             )
+        if note := _fusion_note(plan):
+            notes.append(note)
         positions = settings.config.max_position_embeddings
         if plan.step.length > positions:
             notes.append(
@@ -440,6 +443,28 @@ def _from_adapter(
 def _lacks_bfloat16(card: GpuSpec) -> str:
     major, minor = card.compute_capability
     return f"{card.name} (compute capability {major}.{minor}) has no bfloat16"
+
+
+def _fusion_note(plan: Plan) -> str | None:
+    """Returns a note on what is not computed in one pass although it should be."""
+    from qlora_jax.lora import abstract_adapters
+    from qlora_jax.models import Llama, abstract_base
+    from qlora_jax.runs import fusion_note
+
+    step = plan.step
+    if step.compute.norms == "fused" and math.prod(plan.mesh.values()) > 1:
+        return "fusion = 'fused' has no effect on several devices."
+    assert step.compute.lora is not None
+    base = abstract_base(step.config, quantization=step.quantization)
+    note = fusion_note(
+        Llama(step.config, step.compute),
+        base,
+        abstract_adapters(base, step.compute.lora),
+        step.train.batch_size,
+        step.length,
+        planned=True,
+    )
+    return note and note.removeprefix("Note: model.")
 
 
 def _attention(attention: Attention, step: Step, card: GpuSpec) -> Attention:

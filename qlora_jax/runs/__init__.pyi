@@ -15,6 +15,7 @@ from .eval_data import exclude_held_out as exclude_held_out
 from .eval_data import reload_held_out as reload_held_out
 from .evaluation import Loss as Loss
 from .evaluation import measure_loss as measure_loss
+from .fusion import fusion_note as fusion_note
 from .interruption import SIGNALS as SIGNALS
 from .interruption import AtOnce as AtOnce
 from .interruption import RunInterrupted as RunInterrupted

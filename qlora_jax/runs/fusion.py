@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,7 +23,13 @@ _ACTIVATION = "the MLP's activation"
 
 
 def fusion_note(
-    model: Llama, base: Any, adapters: Any, rows: int, length: int
+    model: Llama,
+    base: Any,
+    adapters: Any,
+    rows: int,
+    length: int,
+    *,
+    planned: bool = False,
 ) -> str | None:
     """Returns a note on what is not computed in one pass although it should be.
 
@@ -31,10 +39,15 @@ def fusion_note(
       adapters: the "lora" tree, likewise.
       rows: of a micro-batch.
       length: tokens of a row.
+      planned: whether this is not for the device at hand but for a Hopper GPU.
     """
+    if planned:
+        products = "separate" if model.compute.remat == "offload" else "joined"
+        compute = dataclasses.replace(model.compute, lora_products=products)
+        model = model.clone(compute=compute)
     if model.compute.norms != "fused":
         return None
-    problems = list(_problems(model, base, adapters, rows, length))
+    problems = list(_problems(model, base, adapters, rows, length, planned))
     if not problems:
         return None
     joined = "; nor on ".join(problem.removesuffix(".") for problem in problems)
@@ -42,12 +55,12 @@ def fusion_note(
 
 
 def _problems(
-    model: Llama, base: Any, adapters: Any, rows: int, length: int
+    model: Llama, base: Any, adapters: Any, rows: int, length: int, planned: bool
 ) -> Iterator[str]:
     config, compute = model.config, model.compute
     if not compute.joins_products:
         where = "remat = 'offload'" if compute.remat == "offload" else "a CPU"
-        yield f"{where}: there the products of adapters are not part of the weights'"
+        yield f"{where}, where the products of adapters are computed on their own"
         return
     if config.family.fused or compute.reads_stacks:
         yield (
@@ -92,14 +105,15 @@ def _problems(
                 yield f"{name}: {reason}"
                 continue
             width = 2 * config.intermediate_size
-            refuse: Any = lambda x, r=ranks: gated_refusal(x, tuple(map(_padded, r)))  # noqa: E731
+            refuse: Any = partial(gated_refusal, ranks=tuple(map(_padded, ranks)))
         else:
             width = config.hidden_size
             if sum(frozen[linear]["weight"].shape[0] for linear in linears) <= width:
                 yield f"{name}: {', '.join(linears)} are no wider than their input"
                 continue
-            refuse = lambda x, r=ranks: norm_refusal(x, _padded(sum(r)))  # noqa: E731
+            refuse = partial(norm_refusal, rank=_padded(sum(ranks)))
         shape = (rows * length, width)
+        refuse = partial(refuse, interpret=planned)
         if reason := _of_shape(refuse, shape, jnp.dtype(compute.dtype)):
             yield f"{name}: {reason}"
 

@@ -119,6 +119,24 @@ def test_packed_rows_on_hopper_are_planned_with_our_attention(plan_8b):
     assert any("planned with attention='pallas'" in note for note in report["notes"])
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--remat none", None),
+        ("--remat offload", "no effect on remat = 'offload'"),
+        ("--remat none --lora.r 64", "no effect on input_layernorm: .* not 192"),
+        ("--remat none --mesh.data 2 --batch-size 2", "no effect on several devices"),
+    ],
+)
+def test_a_plan_says_where_one_pass_kernels_have_no_effect(plan_8b, options, said):
+    pytest.importorskip("jax", minversion="0.11")
+    report = plan_8b(f"h200 --max-length 2048 --fusion fused {options}")
+    assert report["fusion"] == "fused"
+    notes = [note for note in report["notes"] if note.startswith("fusion = 'fused'")]
+    assert len(notes) == (said is not None)
+    assert said is None or re.search(said, notes[0])
+
+
 def test_the_estimate_refuses_what_the_compiler_would(plan_8b, refused, config_json):
     args = ("--model", config_json, "--gpu", "rtx-4090", "--max-length", "2048")
     error = refused("--attention pallas --dtype float32", *args)
