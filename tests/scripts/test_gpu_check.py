@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from scripts import gpu_check as check
+from scripts import gpu_parts
 from scripts.bench_gpu import attention, kernels, model
 
 benches = {"attention": attention, "kernels": kernels, "model": model}
@@ -76,7 +77,7 @@ def test_parts_come_in_order_of_importance():
 def test_the_parts_name_files_that_exist(repository):
     for part in parts("--model", "m", "--peer-python", "p"):
         assert part.command[1] == "-m" or Path(part.command[1]).exists(), part
-    files = check.gpu_tests()
+    files = gpu_parts.gpu_tests()
     assert str(repository / "tests/scripts/test_bench_gpu_kernels.py") in files
     # Marked by the conftest.py of their folder.
     assert str(repository / "tests/pallas_kernels/nf4/test_decode.py") in files
