@@ -133,7 +133,7 @@ $(VENV_CUDA)/.installed: pyproject.toml
 	@touch $@
 
 gpu: $(VENV_CUDA)/.installed
-	$(VENV_CUDA)/bin/python scripts/gpu_check.py $(ARGS)
+	$(VENV_CUDA)/bin/python scripts/gpu_check $(ARGS)
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache

@@ -7,9 +7,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from scripts import gpu_check as check
-from scripts import gpu_parts
 from scripts.bench_gpu import attention, kernels, model
+from scripts.gpu_check import __main__ as check
+from scripts.gpu_check.parts import gpu_tests
 
 benches = {"attention": attention, "kernels": kernels, "model": model}
 DECODE = {"tokens_per_s": 400.0, "ms_per_step": 2.5, "prefill_ms": 60.0}
@@ -77,7 +77,7 @@ def test_parts_come_in_order_of_importance():
 def test_the_parts_name_files_that_exist(repository):
     for part in parts("--model", "m", "--peer-python", "p"):
         assert part.command[1] == "-m" or Path(part.command[1]).exists(), part
-    files = gpu_parts.gpu_tests()
+    files = gpu_tests()
     assert str(repository / "tests/scripts/test_bench_gpu_kernels.py") in files
     # Marked by the conftest.py of their folder.
     assert str(repository / "tests/pallas_kernels/nf4/test_decode.py") in files
@@ -213,7 +213,7 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(run_script, tmp_path):
     if "gpu" in os.environ.get("JAX_PLATFORMS", "") or jax.default_backend() == "gpu":
         pytest.skip("this machine has a GPU")
     out = tmp_path / "out"
-    done = run_script("gpu_check.py", "--output", out, alone=True)
+    done = run_script("gpu_check", "--output", out, alone=True)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.count("\n") == 1
     # The reason is the platform that the probe reports, not that the probe failed.
@@ -222,7 +222,7 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(run_script, tmp_path):
 
 
 def test_the_list_needs_no_gpu(run_script):
-    done = run_script("gpu_check.py", "--list", alone=True)
+    done = run_script("gpu_check", "--list", alone=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("train none xla ")
     assert "train full pallas" in done.stdout

@@ -1,4 +1,4 @@
-"""The parts of `gpu_check.py`: what is checked and measured on a GPU, in order."""
+"""What is checked and measured on a GPU, in order."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS, TESTS = ROOT / "scripts", ROOT / "tests"
 
 

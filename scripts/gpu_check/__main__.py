@@ -1,10 +1,10 @@
 """Checks and measures everything that needs a GPU, in one command.
 
-    python scripts/gpu_check.py                      # all parts, 10 minutes at most
-    python scripts/gpu_check.py --list
-    python scripts/gpu_check.py --part tests --part kernels --budget 300
-    python scripts/gpu_check.py --dry-run            # all parts, narrow, on any machine
-    python scripts/gpu_check.py --model path/to/hf-llama --peer-python python3
+    python scripts/gpu_check                      # all parts, 10 minutes at most
+    python scripts/gpu_check --list
+    python scripts/gpu_check --part tests --part kernels --budget 300
+    python scripts/gpu_check --dry-run            # all parts, narrow, on any machine
+    python scripts/gpu_check --model path/to/hf-llama --peer-python python3
 
 Training and decoding of models with random weights of real models' sizes, with the
 kernels "xla" and "pallas" (`bench_gpu model`); attention (`bench_gpu attention`); the
@@ -40,11 +40,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # if not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # if not installed
 
 from convert.atomic import write_text
 from pallas_kernels.device import device_slug
-from scripts.gpu_parts import PEERS, ROOT, Part, list_parts
+from scripts.gpu_check.parts import PEERS, ROOT, Part, list_parts
 
 # Less than this is not enough for a part to import and compile (seconds).
 LEAST = 20.0
@@ -221,7 +221,7 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         f"# Checked on one {result['device']}",
         "",
-        f"Made by `scripts/gpu_check.py`; do not edit. {versions}.",
+        f"Made by `scripts/gpu_check`; do not edit. {versions}.",
         "",
         "| part | outcome | seconds |",
         "|---|---|---|",
@@ -340,7 +340,9 @@ def _gigabytes(result: Mapping[str, Any]) -> str:
 def parser() -> argparse.ArgumentParser:
     """Builds the command line."""
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="gpu_check",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--list", action="store_true", help="show the parts")
     p.add_argument(
