@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("compile_for_gpu.py")
 
 
-@pytest.fixture(scope="session", autouse=True)
+# For the modules of this folder alone: others test how a compiler is started.
+@pytest.fixture(scope="module", autouse=True)
 def compile_each_step_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Compiles steps in forks of one process, and equal ones once; see forked.py."""
     shared = tmp_path_factory.getbasetemp()
