@@ -58,12 +58,6 @@ def jax_has_kernels() -> bool:
     return tuple(int(n) for n in jax.__version__.split(".")[:2]) >= (0, 11)
 
 
-def several_devices() -> str | None:
-    """Returns why a kernel that no mesh divides cannot run here, or None."""
-    count = jax.sharding.get_abstract_mesh().size
-    return f"they run on one device, and the mesh has {count}" if count > 1 else None
-
-
 def kernel_refusals(*, interpret: bool) -> list[str]:
     """Returns why no kernel can run here, as clauses of a sentence.
 
@@ -78,6 +72,19 @@ def kernel_refusals(*, interpret: bool) -> list[str]:
     platform = this_device().platform
     if not interpret and platform not in ("gpu", "cuda"):
         reasons.append(f"they need an NVIDIA GPU, and this is a {platform}")
+    return reasons
+
+
+def hopper_refusals(*, interpret: bool) -> list[str]:
+    """Returns why kernels for one Hopper GPU cannot run here; as `kernel_refusals`."""
+    reasons = kernel_refusals(interpret=interpret)
+    if (count := jax.sharding.get_abstract_mesh().size) > 1:
+        reasons.append(f"they run on one device, and the mesh has {count}")
+    if not interpret and capability() != "9.0":
+        reasons.append(
+            "they are laid out for NVIDIA's Hopper (compute capability 9.0: H100, "
+            f"H200), and this one has {capability()}"
+        )
     return reasons
 
 

@@ -110,14 +110,7 @@ def refusal(
       ranks: of each product.
       interpret: whether Pallas's interpreter would run them.
     """
-    reasons = device.kernel_refusals(interpret=interpret)
-    reasons += filter(None, [device.several_devices()])
-    capability = device.capability()
-    if not interpret and capability != "9.0":
-        reasons.append(
-            "they are laid out for NVIDIA's Hopper (compute capability 9.0: H100, "
-            f"H200), and this one has {capability}"
-        )
+    reasons = device.hopper_refusals(interpret=interpret)
     if gate_up.dtype not in (jnp.bfloat16, jnp.float16):
         reasons.append(f"they compute in 16 bits, not {jnp.dtype(gate_up.dtype).name}")
     count, features = gate_up.shape[0], gate_up.shape[1] // 2

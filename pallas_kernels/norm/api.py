@@ -106,14 +106,7 @@ def refusal(
       rank: rows of A.
       interpret: whether Pallas's interpreter would run them.
     """
-    reasons = device.kernel_refusals(interpret=interpret)
-    reasons += filter(None, [device.several_devices()])
-    capability = device.capability()
-    if not interpret and capability != "9.0":
-        reasons.append(
-            "they are laid out for the shared memory of NVIDIA's Hopper (compute "
-            f"capability 9.0: H100, H200), and this one has {capability}"
-        )
+    reasons = device.hopper_refusals(interpret=interpret)
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         reasons.append(f"they compute in 16 bits, not {jnp.dtype(x.dtype).name}")
     count, features = x.size // x.shape[-1], x.shape[-1]
