@@ -245,9 +245,7 @@ def test_offload_keeps_nothing_of_the_layers_on_the_device(compile_step):
     assert not [s for s in widths if math.prod(s) >= length * wide]
     # Queries, keys and values are projected once more from the layer's input.
     again = sum(o * i for o, i in linears(LLAMA_8B)[:3])
-    # The MLP is unpacked before its chunks, and multiplies with its adapters alone.
-    columns, rows = 3 * RANK * (d + 2 * d // 4), RANK * d
-    assert dequantized(program.loop(FORWARD)) == weights(LLAMA_8B) + columns
-    most = weights(LLAMA_8B) + again + 2 * columns + rows
-    assert dequantized(program.loop(BACKWARD)) <= most
+    # Nothing is next to the weights: adapters are products of their own.
+    assert dequantized(program.loop(FORWARD)) == weights(LLAMA_8B)
+    assert dequantized(program.loop(BACKWARD)) <= weights(LLAMA_8B) + again
     assert no_logits_of_all_tokens(program)
