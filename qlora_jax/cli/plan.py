@@ -452,7 +452,9 @@ def _fusion_note(plan: Plan) -> str | None:
     from qlora_jax.runs import fusion_note
 
     step = plan.step
-    if step.compute.norms == "fused" and math.prod(plan.mesh.values()) > 1:
+    if step.compute.norms != "fused":
+        return None  # nothing to say, so no shapes of a whole model
+    if math.prod(plan.mesh.values()) > 1:
         return "fusion = 'fused' has no effect on several devices."
     assert step.compute.lora is not None
     base = abstract_base(step.config, quantization=step.quantization)
