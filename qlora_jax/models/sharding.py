@@ -1,66 +1,160 @@
 """Placement of arrays: on the devices of a mesh, and in device or host memory.
 
 A mesh has the axes "data", which divides the rows of the batch and replicates weights,
-and "fsdp", which divides both. One rule covers every array of a training step:
+"fsdp", which divides both, and "context", which divides the tokens of each row. One
+table covers every array of a training step:
 
-  batch      [A, B, T]          B over data and fsdp
-  weights    [L, O, ...]        their rows O over fsdp, packed ones too: the codes and
-             [V, D]             the block scales of a row stay together
-  adapters,  [L, R, I] A        their long axis over fsdp
-  moments    [L, O, R] B
-
-Small arrays (norms, tables of quantization constants, scalars) are replicated.
+  batch       [A, B, T]          B over data and fsdp
+  weights     [L, O, ...]        their rows O over fsdp, packed ones too: the codes and
+              [V, D]             the block scales of a row stay together
+  adapters    [L, R, I] A        their long axis over fsdp
+              [L, O, R] B
+  moments                        as the parameter they belong to
+  all others                     replicated: norms, biases, tables of quantization
+                                 constants, scalars
 
 The memory of an array is part of its JAX type, so no configuration reaches the model: a
 step copies an array that it receives in host memory to the device where it is used
-(`on_device`), and gathers the shards of a weight there (`gather_shared`).
+(`on_device`), and gathers the shards of a weight there (`gather_shared`). The mesh
+comes from the context that the program is traced in (`traced_on`).
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qlora_jax.errors import UserError
 from qlora_jax.tree import EMBEDDING, HEAD, LAYERS, Path
 
-AXES = ("data", "fsdp")
+AXES = ("data", "fsdp", "context")
+ROWS = ("data", "fsdp")
+"""The axes that divide the rows of a batch."""
 
-# Below this an array is not worth a collective: a norm's weights of all
-# layers are 0.3 MB in an 8B model and 1.3 MB in one of 70B.
-_SMALL_BYTES = 2 << 20
+# An array that fsdp does not divide is replicated below this size, and refused above:
+# it is most of what fsdp is to save.
+_LARGE_BYTES = 2 << 20
 
 
-def check_mesh(shape: Mapping[str, int], batch_size: int) -> None:
+# --- Meshes ---
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Any = None) -> Mesh:
+    """Arranges devices so that "context" and "fsdp" stay within a node where they fit.
+
+    Collectives of these axes move most, and the links within a node are ten times as
+    fast as those between nodes. The nodes are the processes.
+
+    Args:
+      sizes: of the axes; those that are missing have size 1.
+      devices: default all of every process.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices, or an axis would
+        be divided unevenly over the nodes.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    shape = [sizes.get(name, 1) for name in AXES]
+    if math.prod(shape) != len(devices):
+        raise UserError(
+            f"mesh: {_product(sizes)} are {math.prod(shape)} devices, and there are "
+            f"{len(devices)}."
+        )
+    nodes = len({device.process_index for device in devices})
+    inner, outer = divide_over_nodes(sizes, nodes)
+    if nodes == 1:
+        array = mesh_utils.create_device_mesh(tuple(inner.values()), devices)
+    else:
+        array = mesh_utils.create_hybrid_device_mesh(
+            tuple(inner.values()),
+            tuple(outer.values()),
+            devices,
+            process_is_granule=True,
+        )
+    # Axes that GSPMD divides by itself ("auto"), which `jax.make_mesh` is moving from.
+    return Mesh(array, AXES)
+
+
+def divide_over_nodes(
+    sizes: Mapping[str, int], nodes: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Returns the sizes of a mesh's axes within a node, and over the nodes.
+
+    Raises:
+      UserError: the nodes have no equal part of the mesh.
+    """
+    inner, outer = {name: sizes.get(name, 1) for name in AXES}, dict.fromkeys(AXES, 1)
+    # The rows are divided over the nodes first, and the context never: its keys and
+    # values are gathered in every layer.
+    for name in ROWS:
+        outer[name] = math.gcd(inner[name], nodes // math.prod(outer.values()))
+        inner[name] //= outer[name]
+    if math.prod(outer.values()) != nodes:
+        raise UserError(
+            f"mesh: {_product(sizes)} cannot be divided over {nodes} nodes: data x "
+            f"fsdp must be a multiple of {nodes}. `context` stays within a node."
+        )
+    return inner, outer
+
+
+def _product(sizes: Mapping[str, int]) -> str:
+    return " x ".join(f"{name} {size}" for name, size in sizes.items())
+
+
+def check_mesh(
+    shape: Mapping[str, int], batch_size: int, name: str = "batch_size"
+) -> None:
     """Raises if a mesh does not divide the batch.
 
     Args:
-      shape: sizes of the axes "data" and "fsdp".
+      shape: sizes of the axes.
       batch_size: rows of a micro-batch, over all devices.
+      name: of the setting.
 
     Raises:
       UserError: an unknown axis, a size below 1, or rows that the devices do not
         divide.
     """
-    for name, size in shape.items():
-        if name not in AXES:
-            raise UserError(f"a mesh has the axes {' and '.join(AXES)}, got `{name}`.")
+    for axis, size in shape.items():
+        if axis not in AXES:
+            raise UserError(
+                f"a mesh has the axes {', '.join(AXES[:-1])} and {AXES[-1]}, got "
+                f"`{axis}`."
+            )
         if size < 1:
-            raise UserError(f"mesh: `{name}` must be at least 1, got {size}.")
-    devices = math.prod(shape.values())
-    if batch_size % devices:
-        axes = " x ".join(f"{name} {size}" for name, size in shape.items())
-        nearest = -(-batch_size // devices) * devices
+            raise UserError(f"mesh: `{axis}` must be at least 1, got {size}.")
+    parts = math.prod(shape.get(axis, 1) for axis in ROWS)
+    if batch_size % parts:
+        axes = {axis: shape[axis] for axis in ROWS if axis in shape}
+        nearest = -(-batch_size // parts) * parts
         raise UserError(
-            f"`batch_size`={batch_size} must be a multiple of the {devices} devices of "
-            f"the mesh ({axes}). The batch size counts the rows of all devices; "
-            f"{nearest} would do."
+            f"`{name}`={batch_size} must be a multiple of the {parts} parts that the "
+            f"mesh divides the rows into ({_product(axes)}). It counts the rows of all "
+            f"devices; {nearest} would do."
         )
+
+
+def traced_on(mesh: Any) -> contextlib.AbstractContextManager[Any]:
+    """Returns the context in which a program for a mesh is traced; None = one device.
+
+    Args:
+      mesh: with devices, or abstract.
+    """
+    if mesh is None:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(getattr(mesh, "abstract_mesh", mesh))
+
+
+# --- The table ---
 
 
 def shard_step(
@@ -72,25 +166,58 @@ def shard_step(
 
     Args:
       arguments: `planning.step.abstract_arguments`.
-      mesh: with axes among "data" and "fsdp".
+      mesh: with axes among `AXES`.
       on_host: modules of the base whose weights are in pinned host memory.
 
     Raises:
-      UserError: a large array has no axis that the mesh divides.
+      UserError: fsdp does not divide a large array.
     """
     state, base, batch = arguments
-    # Both axes divide the rows: a device computes its own rows from start to end.
-    rows = tuple(name for name in AXES if name in mesh.shape)
+    trained = {
+        _keys(path): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state.adapters)
+    }
+
+    def place(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
+        keys = _keys(path)
+        for length in range(len(keys)):
+            # A moment's path ends with that of its parameter.
+            if trained.get(keys[length:], trained.get(keys[length:-1])) == leaf.shape:
+                return _shard_weight(keys, leaf, mesh)
+        return _with_sharding(leaf, mesh, ())
+
     return (
-        jax.tree_util.tree_map_with_path(
-            lambda path, leaf: _shard_weight(path, leaf, mesh), state
-        ),
-        jax.tree_util.tree_map_with_path(
-            lambda path, leaf: _shard_weight(path, leaf, mesh, on_host), base
-        ),
-        # [A, B, T]: micro-batches come one after another, so A is not divided.
-        jax.tree.map(lambda leaf: _with_sharding(leaf, mesh, (None, rows)), batch),
+        jax.tree_util.tree_map_with_path(place, state),
+        shard_base(base, mesh, on_host),
+        shard_batch(batch, mesh),
     )
+
+
+def shard_base(base: Any, mesh: Any, on_host: Collection[Path] = ()) -> Any:
+    """Returns the shapes of a base with their shardings; see `shard_step`."""
+
+    def place(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
+        keys = _keys(path)
+        kind = "pinned_host" if any(keys[: len(p)] == p for p in on_host) else None
+        return _shard_weight(keys, leaf, mesh, kind)
+
+    return jax.tree_util.tree_map_with_path(place, base)
+
+
+def shard_batch(batch: Any, mesh: Any) -> Any:
+    """Returns the shapes of a batch [A, B, T] or [B, T] with their shardings."""
+    # Both axes divide the rows: a device computes its own rows from start to end.
+    rows = tuple(name for name in ROWS if name in mesh.shape)
+
+    def place(leaf: Any) -> jax.ShapeDtypeStruct:
+        # Micro-batches come one after another, so A is not divided.
+        return _with_sharding(leaf, mesh, (*[None] * (len(leaf.shape) - 2), rows))
+
+    return jax.tree.map(place, batch)
+
+
+def _keys(path: tuple) -> tuple[str, ...]:
+    return tuple(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
 
 
 def _with_sharding(
@@ -98,40 +225,91 @@ def _with_sharding(
 ) -> jax.ShapeDtypeStruct:
     # A concrete mesh of described devices has no memories: JAX would silently ignore
     # the kind. An abstract mesh keeps it.
-    mesh = mesh if kind is None else mesh.abstract_mesh
+    mesh = mesh if kind is None else getattr(mesh, "abstract_mesh", mesh)
     sharding = NamedSharding(mesh, PartitionSpec(*axes), memory_kind=kind)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _shard_weight(
-    path: tuple, leaf: Any, mesh: Any, on_host: Collection[Path] = ()
+    keys: tuple[str, ...], leaf: Any, mesh: Any, kind: str | None = None
 ) -> jax.ShapeDtypeStruct:
-    keys = tuple(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
-    kind = "pinned_host" if any(keys[: len(p)] == p for p in on_host) else None
     parts = mesh.shape.get("fsdp", 1)
-    size = math.prod(leaf.shape) * leaf.dtype.itemsize
-    if parts == 1 or size < _SMALL_BYTES:
-        return _with_sharding(leaf, mesh, (), kind)
-    if len(leaf.shape) == 1:  # scales of 8-bit moments, a sixty-fourth of their codes
-        return _with_sharding(leaf, mesh, (), kind)
-    if keys[-1] == "codes" and keys[-2].startswith("lora_"):
-        keys = keys[:-1]  # 8-bit moments have the shape of their array
     # Not the axis of layers: the scan takes one layer at a time, which a single device
     # would then hold alone.
     first = 1 if all(part in keys for part in LAYERS) else 0
+    is_matrix = len(leaf.shape) == first + 2
+    if parts == 1 or not is_matrix or keys[-1] == "trainable_tokens_delta":
+        return _with_sharding(leaf, mesh, (), kind)
+    if keys[-1] == "codes" and keys[-2].startswith("lora_"):
+        keys = keys[:-1]  # 8-bit moments have the shape of their array
     # The rows of a packed or dense weight, but the long axis of an adapter's pair: R
     # may be smaller than the mesh.
     axis = first
-    if keys[-1].startswith("lora_"):
+    if keys[-1].startswith(("lora_", "residual_")):
         axis = max(range(first, len(leaf.shape)), key=lambda i: leaf.shape[i])
+    if leaf.shape[axis] % parts == 0:
+        return _with_sharding(leaf, mesh, (*[None] * axis, "fsdp"), kind)
+    if math.prod(leaf.shape) * leaf.dtype.itemsize < _LARGE_BYTES:
+        return _with_sharding(leaf, mesh, (), kind)
     # JAX refuses uneven shards of an argument; this message names the setting.
-    if leaf.shape[axis] % parts:
-        raise UserError(
-            f"mesh: fsdp={parts} does not divide {'.'.join(keys)} of shape "
-            f"{leaf.shape} along axis {axis} ({leaf.shape[axis]}). Choose a divisor of "
-            f"{leaf.shape[axis]}."
+    raise UserError(
+        f"mesh: fsdp={parts} does not divide {'.'.join(keys)} of shape {leaf.shape} "
+        f"along axis {axis} ({leaf.shape[axis]}). Choose a divisor of "
+        f"{leaf.shape[axis]}."
+    )
+
+
+# --- Arrays ---
+
+
+def put_on_mesh(tree: Any, shapes: Any, mesh: Mesh) -> Any:
+    """Places host arrays, which every process has as a whole, on the devices of a mesh.
+
+    Args:
+      tree: of arrays, numpy or of one device.
+      shapes: its shapes with shardings, as `shard_step` returns them.
+      mesh: with the devices.
+    """
+
+    def put(leaf: Any, shape: Any) -> jax.Array:
+        kind = shape.sharding.memory_kind
+        sharding = NamedSharding(mesh, shape.sharding.spec, memory_kind=kind)
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            words = put(jax.random.key_data(leaf), shape)
+            return jax.jit(
+                functools.partial(
+                    jax.random.wrap_key_data, impl=jax.random.key_impl(leaf)
+                )
+            )(words)
+        array = np.asarray(leaf)
+        return jax.make_array_from_callback(
+            array.shape, sharding, lambda index: array[index]
         )
-    return _with_sharding(leaf, mesh, (*[None] * axis, "fsdp"), kind)
+
+    return jax.tree.map(put, tree, shapes)
+
+
+def to_host(tree: Any) -> Any:
+    """Copies a tree to numpy arrays, whole in every process.
+
+    A collective where devices of several processes share an array: every process has
+    to call it.
+    """
+
+    def fetch(leaf: Any) -> Any:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            if not leaf.is_fully_replicated:
+                leaf = _replicate(leaf)
+            return np.asarray(leaf.addressable_data(0))
+        return jax.device_get(leaf)
+
+    # One after another: a single array is replicated at a time.
+    return jax.tree.map(fetch, tree)
+
+
+def _replicate(array: jax.Array) -> jax.Array:
+    sharding = NamedSharding(array.sharding.mesh, PartitionSpec())  # pyright: ignore[reportAttributeAccessIssue]
+    return jax.jit(lambda x: x, out_shardings=sharding)(array)
 
 
 def put_base(

@@ -36,6 +36,7 @@ from qlora_jax.models import (
     is_on_host,
     local_bytes,
     shard_step,
+    traced_on,
 )
 from qlora_jax.planning.gpus import GpuSpec
 from qlora_jax.training import (
@@ -215,13 +216,14 @@ def lower(step: Step, mesh: Any = None) -> jax.stages.Lowered:
         check_mesh(mesh.shape, step.train.batch_size)
     # Of the mesh, whose devices this process does not have.
     platform = None if mesh is None else mesh.devices.flat[0].platform
-    optimizer = _optimizer(step, arguments[1])
-    jitted = jit_step(model, optimizer, step.train, platform=platform)
-    if mesh is None:
-        return jitted.lower(*arguments)
+    optimizer, state = _optimizer(step, arguments[1]), None
+    if mesh is not None:
+        arguments = shard_step(arguments, mesh, step.on_host)
+        state = arguments[0]
+    jitted = jit_step(model, optimizer, step.train, platform=platform, state=state)
     # Kernels are chosen by the device kind of the mesh in context.
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jitted.lower(*shard_step(arguments, mesh, step.on_host))
+    with traced_on(mesh):
+        return jitted.lower(*arguments)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from qlora_jax.models import (
     LlamaConfig,
     changes_to_json,
     computed_fields,
+    to_host,
     undo_changes,
 )
 from qlora_jax.runs.config import RunConfig
@@ -133,7 +134,7 @@ class AdapterWriter:
     def _absorbed(self, state: TrainState) -> tuple[LoraConfig, dict[str, Any]]:
         # With pissa and olora the trained adapter belongs to the changed base; what is
         # written is for the base as it was loaded.
-        return absorb(self.config.lora, jax.device_get(state.adapters), self.base)
+        return absorb(self.config.lora, to_host(state.adapters), self.base)
 
     def say_replaced(self, state: TrainState) -> None:
         """Notes a directory that holds another adapter than the state that is written.

@@ -17,19 +17,32 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from pallas_kernels.attention.check import AttentionCheck, check_attention
 from pallas_kernels.device import jax_has_kernels
 from qlora_jax.choices import Attention
 from qlora_jax.errors import UserError, readable_bytes
 from qlora_jax.lora import LoraConfig, abstract_adapters, factor_out, select
-from qlora_jax.models import LayerKinds, Llama, attention_refusals
+from qlora_jax.models import (
+    LayerKinds,
+    Llama,
+    attention_refusals,
+    check_mesh,
+    local_bytes,
+    put_base,
+    put_on_mesh,
+    shard_batch,
+    shard_step,
+    traced_on,
+)
 from qlora_jax.planning import (
     ALLOWANCE,
     PINNED_VARIABLE,
@@ -52,6 +65,7 @@ from qlora_jax.runs.environment import Tuning
 from qlora_jax.runs.fusion import fusion_note
 from qlora_jax.training import (
     TrainConfig,
+    TrainState,
     init_state,
     jit_eval,
     jit_step,
@@ -83,6 +97,10 @@ class CompiledStep:
     """(state, base, batch) -> (state, metrics); the state is donated."""
     eval_step: Callable[..., Any] | None = None
     """(adapters, base, batch) -> (summed loss, tokens), of held-out batches."""
+    mesh: Mesh | None = None
+    """The devices that share the step; None = one device."""
+    shapes: tuple[Any, Any] = (None, None)
+    """Of state and base, with their shardings on the mesh."""
     tuning: Tuning = field(default_factory=lambda: Tuning({}))
     """What XLA chose while it compiled."""
     eval_bytes: int | None = None
@@ -100,6 +118,8 @@ class CompiledStep:
             if size
         )
         text = f"Plan: {readable_bytes(plan.memory.device_bytes)}"
+        if self.mesh is not None:
+            text += f" on each of {self.mesh.size} devices"
         if limit < UNLIMITED:
             text += f" of {readable_bytes(limit)} on {plan.gpu.name}"
         text += f", policy '{plan.policy.name}' ({kinds})"
@@ -125,7 +145,43 @@ class CompiledStep:
             "device_bytes": device_bytes(plan.memory),
             "host_bytes": plan.memory.host_bytes,
             "eval_bytes": self.eval_bytes,
+            "mesh": dict(plan.mesh),
         }
+
+    def place_base(self, base: Any) -> Any:
+        """Moves a base from the host, as every process has it, to where it is used."""
+        policy = self.plan.policy
+        if self.mesh is None:
+            return put_base(
+                base, embed_tokens=policy.embed_tokens, lm_head=policy.lm_head
+            )
+        return put_on_mesh(base, self.shapes[1], self.mesh)
+
+    def initial_state(self, adapters: Any, key: Any) -> TrainState:
+        """Makes the state before the first step of a run, where it is used.
+
+        Args:
+          adapters: on the host or one device, the same in every process.
+          key: PRNG key of the run.
+        """
+        if self.mesh is None:
+            return init_state(jax.tree.map(jnp.asarray, adapters), self.optimizer, key)
+        shapes = self.shapes[0]
+        # Copies: a step donates the state, and on a CPU arrays may share memory.
+        adapters = jax.tree.map(np.array, adapters)
+        adapters = put_on_mesh(adapters, shapes.adapters, self.mesh)
+        key = put_on_mesh(key, shapes.key, self.mesh)
+        # The optimizer's arrays are made where they are used: a device might not have
+        # room for all of them.
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+        start = partial(init_state, optimizer=self.optimizer)
+        return jax.jit(start, out_shardings=shardings)(adapters, key=key)
+
+    def place_batch(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Moves a batch [A, B, T] or [B, T] to the devices that compute on its rows."""
+        if self.mesh is None:
+            return batch  # the compiled step does
+        return put_on_mesh(dict(batch), shard_batch(dict(batch), self.mesh), self.mesh)
 
 
 def compile_step(
@@ -138,6 +194,7 @@ def compile_step(
     gpu: GpuSpec | None = None,
     recorded: Mapping[str, Any] | None = None,
     tuning: Tuning | None = None,
+    mesh: Mesh | None = None,
 ) -> CompiledStep:
     """Compiles the step of a run under the fastest policy that fits.
 
@@ -152,6 +209,7 @@ def compile_step(
       recorded: `report()` of the run that is continued. Its policy comes first, since
         another may round differently.
       tuning: what XLA chose when that run was compiled, to use again.
+      mesh: the devices that share the step; None = one device.
 
     Raises:
       UserError: no policy that the settings allow fits; by how much, and which settings
@@ -168,10 +226,11 @@ def compile_step(
     state, base = _initial_shapes(inputs.base, lora, optimizer)
     batch = _shapes(inputs.batch)
     plain = _plain_step(model, batch, settings, train)
-    planner = Planner(gpu)
+    sizes = {"data": 1} if mesh is None else _sizes(mesh)
+    planner = Planner(gpu, mesh=sizes)
     attention: Attention = settings.attention
     notes: tuple[str, ...] = ()
-    if attention == "auto" and plain.packed:
+    if attention == "auto" and plain.packed and mesh is None:
         is_gpu = jax.default_backend() == "gpu"
         capability = str(jax.local_devices()[0].compute_capability) if is_gpu else None
         attention, note = packed_attention(model, capability=capability)
@@ -195,13 +254,21 @@ def compile_step(
     for policy in allowed:
         if policy is not allowed[-1] and planner.is_hopeless(plain, policy):
             continue
-        arguments = (state, _in_memory_of(policy, base), batch)
+        if mesh is None:
+            arguments = (state, _in_memory_of(policy, base), batch)
+        else:
+            on_host = policy.apply(plain).on_host
+            arguments = shard_step((state, base, batch), mesh, on_host)
         compiled = _compile_policy(
-            model, optimizer, plain, policy, arguments, gpu, tuning
+            model, optimizer, plain, policy, arguments, gpu, tuning, mesh
         )
         # Of the policy: some compute the MLP in chunks.
-        sizes = inputs.batch["tokens"].shape[1:]
-        note = fusion_note(compiled.model, base, state.adapters, *sizes)
+        rows, length = inputs.batch["tokens"].shape[1:]
+        note = None
+        if mesh is None:
+            note = fusion_note(compiled.model, base, state.adapters, rows, length)
+        elif compiled.model.compute.norms == "fused":
+            note = "Note: model.fusion = 'fused' has no effect on several devices."
         drops = lora.lora_dropout > 0
         changed = _changed_choices(recorded or {}, compiled.report(), drops)
         said = (*notes, *filter(None, (note, changed)))
@@ -212,7 +279,12 @@ def compile_step(
         check_pinned(compiled.plan, pinned_limit())
         if inputs.held_out is None:
             return compiled
-        arguments = (state.adapters, arguments[1], _shapes(inputs.held_out))
+        held_out = _shapes(inputs.held_out)
+        if mesh is not None:
+            rows = held_out["tokens"].shape[0]
+            check_mesh(sizes, rows, "eval.batch_size")
+            held_out = shard_batch(held_out, mesh)
+        arguments = (arguments[0].adapters, arguments[1], held_out)
         return _with_eval(compiled, arguments)
     nearest = min(too_large, key=lambda plan: plan.total)
     raise UserError(planner.too_large(nearest) + more_memory_advice())
@@ -230,7 +302,10 @@ def _changed_choices(
     """
     changes = [
         f"{name}: {recorded[name]} -> {report[name]}"
-        for name in ("remat", "scan_layers", "attention", "kernels", "fusion")
+        for name in (
+            *("remat", "scan_layers", "attention", "kernels", "fusion"),
+            "mesh",
+        )
         if name in recorded and recorded[name] != report[name]
     ]
     if not changes:
@@ -354,18 +429,34 @@ def _compile_policy(
     arguments: tuple,
     gpu: GpuSpec,
     tuning: Tuning,
+    mesh: Mesh | None,
 ) -> CompiledStep:
     """Compiles the step under one policy; its plan tells whether it fits."""
     step = policy.apply(plain)
     model = model.clone(compute=step.compute)
-    jitted = jit_step(model, optimizer, plain.train)
-    compiled: Any = tuning.compile(jitted.lower(*arguments))
+    state = None if mesh is None else arguments[0]
+    jitted = jit_step(model, optimizer, plain.train, state=state)
+    with traced_on(mesh):
+        compiled: Any = tuning.compile(jitted.lower(*arguments))
     give_back_freed_memory()
-    memory = StepMemory.of(compiled, step, arguments=arguments)
+    memory = StepMemory.of(compiled, step, mesh, arguments=arguments)
     versions = {"jax": jax.__version__}
-    plan = Plan(step, policy, gpu, {"data": 1}, memory, "compiled", versions, {})
-    run = _first_choice(compiled, jitted, arguments)
-    return CompiledStep(plan, model, optimizer, run, tuning=tuning)
+    sizes = {"data": 1} if mesh is None else _sizes(mesh)
+    plan = Plan(step, policy, gpu, sizes, memory, "compiled", versions, {})
+    return CompiledStep(
+        plan,
+        model,
+        optimizer,
+        _first_choice(compiled, jitted, arguments, mesh),
+        mesh=mesh,
+        shapes=arguments[:2],
+        tuning=tuning,
+    )
+
+
+def _sizes(mesh: Mesh) -> dict[str, int]:
+    """Returns the sizes of the axes that divide something."""
+    return {k: n for k, n in mesh.shape.items() if n > 1} or {"data": 1}
 
 
 def _with_eval(compiled: CompiledStep, arguments: tuple) -> CompiledStep:
@@ -375,7 +466,8 @@ def _with_eval(compiled: CompiledStep, arguments: tuple) -> CompiledStep:
       UserError: with what the training keeps on the device it does not fit.
     """
     jitted = jit_eval(compiled.model)
-    eval_step: Any = compiled.tuning.compile(jitted.lower(*arguments))
+    with traced_on(compiled.mesh):
+        eval_step: Any = compiled.tuning.compile(jitted.lower(*arguments))
     give_back_freed_memory()
     batch = arguments[-1]
     stats = eval_step.memory_analysis()
@@ -385,7 +477,7 @@ def _with_eval(compiled: CompiledStep, arguments: tuple) -> CompiledStep:
     size = kept.base + kept.adapters + kept.optimizer + stats.temp_size_in_bytes
     # Results in memory of their own.
     size += stats.output_size_in_bytes - stats.alias_size_in_bytes
-    size += sum(array.size * array.dtype.itemsize for array in batch.values())
+    size += sum(map(local_bytes, batch.values()))
     gpu = compiled.plan.gpu
     if size + ALLOWANCE > gpu.memory_bytes:
         rows, length = batch["tokens"].shape
@@ -398,7 +490,7 @@ def _with_eval(compiled: CompiledStep, arguments: tuple) -> CompiledStep:
             f"{gpu.name} has {limit}: {rows:,} rows of {length:,} tokens at a time, "
             f"in addition to what the training keeps. {advice}."
         )
-    run = _first_choice(eval_step, jitted, arguments)
+    run = _first_choice(eval_step, jitted, arguments, compiled.mesh)
     return dataclasses.replace(compiled, eval_step=run, eval_bytes=size)
 
 
@@ -425,7 +517,9 @@ def _in_memory_of(policy: Policy, base: Any) -> Any:
     return jax.tree_util.tree_map_with_path(assign, base)
 
 
-def _first_choice(compiled: Any, jitted: Any, planned: tuple) -> Callable[..., Any]:
+def _first_choice(
+    compiled: Any, jitted: Any, planned: tuple, mesh: Mesh | None
+) -> Callable[..., Any]:
     """Returns `compiled`, or `jitted` if the first arguments are not as planned.
 
     A compiled program raises for arguments of other shapes; `jitted` compiles for them.
@@ -443,6 +537,7 @@ def _first_choice(compiled: Any, jitted: Any, planned: tuple) -> Callable[..., A
         if not chosen:
             same = signature(arguments) == expected
             chosen.append(compiled if same else jitted)
-        return chosen[0](*arguments)
+        with traced_on(mesh):
+            return chosen[0](*arguments)
 
     return step

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_type_hints
 
 from qlora_jax.choices import (
     Attention,
+    Auto,
     Dtype,
     EmbeddingMemory,
     Fusion,
@@ -313,6 +314,59 @@ class HubConfig:
 
 
 @dataclass(frozen=True)
+class MeshConfig:
+    """The `[mesh]` section: the devices of a run, and how they share the work.
+
+    None of it is part of what must be unchanged for a run to continue.
+    """
+
+    data: int = -1
+    """Parts that the rows are divided into, each with all weights; -1 = as many as
+    there are devices left by the other two."""
+    fsdp: int | Auto = "auto"
+    """Devices that divide rows and weights; auto = 1 if all weights fit on a device,
+    else the smallest number that makes them fit."""
+    context: int = 1
+    """Devices that divide the tokens of each row, for rows too long for one."""
+    coordinator: str | None = None
+    """Address of process 0, "host:port", where several processes train together and
+    neither Slurm nor Ray has started them."""
+    processes: int | None = None
+    """How many these are; one for each machine, which has all GPUs of it."""
+    process: int | None = None
+    """Which of them this is, from 0."""
+
+    def __post_init__(self) -> None:
+        raise_problems("[mesh]", self._problems(), "mesh: ")
+
+    def _problems(self) -> Iterator[str]:
+        if self.data < 1 and self.data != -1:
+            yield f"`data` must be at least 1, or -1 for the rest, got {self.data}."
+        for name in ("fsdp", "context"):
+            size = getattr(self, name)
+            if size != "auto" and size < 1:
+                yield f"`{name}` must be at least 1, got {size}."
+        together = ("coordinator", "processes", "process")
+        missing = [name for name in together if getattr(self, name) is None]
+        if missing and len(missing) < len(together):
+            given = [f"`{name}`" for name in together if name not in missing]
+            absent = " and ".join(f"`{name}`" for name in missing)
+            yield (
+                f"{' and '.join(given)} given without {absent}: several processes need "
+                "all three, and one process none of them."
+            )
+            return
+        if self.processes is not None and self.process is not None:
+            if self.processes < 1:
+                yield f"`processes` must be at least 1, got {self.processes}."
+            elif not 0 <= self.process < self.processes:
+                yield (
+                    f"`process` must be from 0 to {self.processes - 1} "
+                    f"(`processes`={self.processes}), got {self.process}."
+                )
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """All settings of a run; the content of a TOML run file."""
 
@@ -324,6 +378,7 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
     hub: HubConfig = field(default_factory=HubConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     output_dir: str = "run"
     """The run directory. If it holds an unfinished run, that run continues."""
 

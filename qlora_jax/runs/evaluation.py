@@ -27,7 +27,7 @@ from qlora_jax.data import (
 from qlora_jax.errors import UserError, say
 from qlora_jax.inference import Model, generate_tokens
 from qlora_jax.lora import bind
-from qlora_jax.models import Llama, LlamaConfig
+from qlora_jax.models import Llama, LlamaConfig, traced_on
 from qlora_jax.runs.config import EvalConfig
 from qlora_jax.runs.eval_data import HeldOut
 from qlora_jax.training import jit_eval
@@ -158,6 +158,10 @@ class Evaluation:
     """Tokens that end a sample."""
     step: Callable[..., Any] | None = None
     """(adapters, base, batch) -> (summed loss, tokens); default `jit_eval`'s."""
+    place_batch: Callable[[Mapping[str, Any]], Any] = lambda batch: batch
+    """Moves a batch to the devices that compute on its rows."""
+    mesh: Any = None
+    """The devices that adapters and base are on; None = one device."""
     best: Best = Best()
     measured: int = 0
     """Measurements so far."""
@@ -216,7 +220,8 @@ class Evaluation:
             batch_size=self.batch_size,
             pad_token_id=self.model.config.padding_id,
         )
-        total, tokens = held_out_loss(self._step, adapters, base, batches)
+        placed = map(self.place_batch, batches)
+        total, tokens = held_out_loss(self._step, adapters, base, placed)
         # The mean over all tokens. A mean of batch means would give the tokens of a
         # batch with few of them a larger weight.
         loss = total / tokens
@@ -267,13 +272,14 @@ class Evaluation:
         """Returns the greedy continuation of each prompt."""
         lora = self.model.compute.lora
         assert lora is not None
-        rows = generate_tokens(
-            self.model,
-            {"params": base, "lora": bind(adapters, base, lora)},
-            self._prompts,
-            max_new_tokens=self.config.sample_max_new_tokens,
-            eos_token_ids=self.eos_token_ids,
-        )
+        with traced_on(self.mesh):
+            rows = generate_tokens(
+                self.model,
+                {"params": base, "lora": bind(adapters, base, lora)},
+                self._prompts,
+                max_new_tokens=self.config.sample_max_new_tokens,
+                eos_token_ids=self.eos_token_ids,
+            )
         texts = {}
         for prompt, tokens, row in zip(
             self.config.sample_prompts, self._prompts, rows, strict=True

@@ -16,11 +16,10 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import convert
@@ -30,14 +29,13 @@ from convert import (
     open_checkpoint,
     write_text,
 )
-from qlora_jax.data import prefetch
+from qlora_jax.data import Batches, prefetch
 from qlora_jax.errors import Problems, UserError, say
 from qlora_jax.inference import base_mismatch
 from qlora_jax.lora import Selection, factor_out, init_adapters
 from qlora_jax.models import (
     add_parameters,
     check_weights,
-    put_base,
     report_untrained,
     tree_bytes,
 )
@@ -67,7 +65,7 @@ from qlora_jax.runs.report import REPORT_PAGE, read_run, render_run
 from qlora_jax.runs.resume import continue_run, run_record
 from qlora_jax.runs.rows import read_evaluations
 from qlora_jax.runs.toml import SETTINGS, to_toml
-from qlora_jax.training import TrainState, init_state, schedule
+from qlora_jax.training import TrainState, schedule
 
 
 def run(
@@ -113,7 +111,7 @@ def run(
         prepared = prepare(
             config, attention_cls, mlp_cls, explicit_lora, problems=problems
         )
-        report = _train(prepared, _load_base(prepared), began)
+        report = _train(prepared, began)
         if prepared.config.hub.model_id is not None:
             report["published"] = publish_run(prepared.config, report["steps"])
         return report
@@ -121,7 +119,7 @@ def run(
 
 @dataclass(frozen=True)
 class LoadedBase:
-    """The base of a run as it was loaded."""
+    """The base of a run as it was loaded, in the host's memory."""
 
     tree: Any
     fingerprint: str
@@ -132,9 +130,8 @@ class LoadedBase:
 
 
 def _load_base(prepared: PreparedRun) -> LoadedBase:
-    """Loads the base into the memories of the plan; describes what is trained."""
-    config, policy = prepared.config, prepared.compiled.plan.policy
-    sources = prepared.sources
+    """Loads the base into the host's memory; describes what is trained."""
+    config, sources = prepared.config, prepared.sources
     say(f"Loading `{config.model.path}`.")
     architecture, base = convert.load_llama(
         sources.base, **prepared.base_options, progress=sys.stderr.isatty()
@@ -151,7 +148,6 @@ def _load_base(prepared: PreparedRun) -> LoadedBase:
         base, tables = with_tables.base, with_tables.tables
     key = jax.random.key(config.train.seed)
     _, base = add_parameters(prepared.model, base, key)
-    base = put_base(base, embed_tokens=policy.embed_tokens, lm_head=policy.lm_head)
     check_weights(prepared.drawn, base, config.lora, sources.base)
     initial = None
     if sources.adapter is not None:
@@ -184,12 +180,22 @@ def _load_base(prepared: PreparedRun) -> LoadedBase:
     return LoadedBase(base, fingerprint, initial, tables)
 
 
-def _train(prepared: PreparedRun, loaded: LoadedBase, began: float) -> dict[str, Any]:
+class Start(NamedTuple):
+    """What the steps of a run start from, on its devices."""
+
+    state: TrainState
+    base: Any
+    fingerprint: str
+    """Of the base as it was loaded."""
+    tables: Mapping[tuple[str, ...], Any]
+    """As `LoadedBase.tables`."""
+
+
+def _train(prepared: PreparedRun, began: float) -> dict[str, Any]:
     """Takes the remaining steps; returns the report."""
     config, data, compiled = prepared.config, prepared.data, prepared.compiled
     directory, steps = Path(config.output_dir), len(data.batches)
     data_fingerprint = data.examples.report.fingerprint
-    record = run_record(config, loaded.fingerprint, data_fingerprint)
     files = adapter_files(
         config,
         prepared.sources,
@@ -205,9 +211,12 @@ def _train(prepared: PreparedRun, loaded: LoadedBase, began: float) -> dict[str,
         tokenizer=data.tokenizer,
         eos_token_ids=data.eos_token_ids,
         step=compiled.eval_step,
+        place_batch=compiled.place_batch,
+        mesh=compiled.mesh,
     )
+    state, base, fingerprint, tables = _start(prepared)
+    record = run_record(config, fingerprint, data_fingerprint)
     with disk_errors(directory):
-        state, base = _initial_state(prepared, loaded)
         with Checkpoints(directory / CHECKPOINTS, config.checkpoint) as checkpoints:
             state, start = continue_run(checkpoints, state, record, steps)
             # Not earlier: a refused run keeps the settings it was started with.
@@ -224,7 +233,7 @@ def _train(prepared: PreparedRun, loaded: LoadedBase, began: float) -> dict[str,
                 return finished
             # It belongs to a shorter run that this one continues.
             (directory / REPORT).unlink(missing_ok=True)
-            facts = _facts(prepared, loaded.fingerprint, base, state)
+            facts = _facts(prepared, fingerprint, base, state)
             facts["resumed_from_step"] = start or None
             write_text(directory / STARTED, json.dumps(facts, indent=2) + "\n")
             compiled.tuning.write(directory / TUNING)
@@ -240,8 +249,8 @@ def _train(prepared: PreparedRun, loaded: LoadedBase, began: float) -> dict[str,
                     config=config,
                     architecture=prepared.model.config,
                     base=base,
-                    fingerprint=loaded.fingerprint,
-                    base_tables=loaded.tables,
+                    fingerprint=fingerprint,
+                    base_tables=tables,
                     files=files,
                 ),
             )
@@ -257,6 +266,18 @@ def _train(prepared: PreparedRun, loaded: LoadedBase, began: float) -> dict[str,
             elif signal is not None:
                 raise RunInterrupted(signal, taken, steps, directory / SETTINGS)
         return _write_report(loop, facts, taken, reason)
+
+
+@dataclass(frozen=True)
+class PlacedBatches:
+    """Batches by index, on the devices that compute on their rows."""
+
+    batches: Batches
+    place: Callable[[Mapping[str, np.ndarray]], Mapping[str, Any]]
+
+    def __getitem__(self, index: int, /) -> Any:
+        """Returns batch `index`."""
+        return self.place(self.batches[index])
 
 
 def _finished(
@@ -392,24 +413,25 @@ class Loop:
             return self._take_steps(state, start)
 
     def _take_steps(self, state: TrainState, start: int) -> TrainState:
-        batches, every = self.prepared.data.batches, self.prepared.config.checkpoint
+        compiled, batches = self.prepared.compiled, self.prepared.data.batches
+        every = self.prepared.config.checkpoint
         steps = len(batches)
-        unlogged: tuple[int, Any, Any] | None = None
+        unlogged: tuple[int, Any] | None = None
         if start == 0:
             self._evaluate(state, 0)
             self.watch.restart_timer()
-        ahead = prefetch(batches, start, steps)
+        ahead = prefetch(PlacedBatches(batches, compiled.place_batch), start, steps)
         saved = start
         for index, batch in enumerate(ahead, start):
             # True at once where a run is continued that had ended early.
             if self.evaluation.exhausted:
                 break
-            state, metrics = self.prepared.compiled.step(state, self.base, batch)
+            state, metrics = compiled.step(state, self.base, batch)
             # Reading metrics waits for them: those of the previous step are read while
             # the device computes this one.
             if unlogged is not None:
                 self._log(*unlogged)
-            unlogged = (index, metrics, batch)
+            unlogged = (index, metrics)
             done = index + 1
             # Read once: a signal may come at any moment.
             stopping = self.interruption.signal is not None
@@ -468,9 +490,7 @@ class Loop:
             self.checkpoints.wait()
         self.writer.write_all(state)
 
-    def _log(
-        self, index: int, metrics: Mapping[str, Any], batch: Mapping[str, np.ndarray]
-    ) -> None:
+    def _log(self, index: int, metrics: Mapping[str, Any]) -> None:
         """Logs a step.
 
         Raises:
@@ -481,6 +501,7 @@ class Loop:
             return
         directory = Path(self.prepared.config.output_dir)
         file = directory / f"nonfinite_step_{index + 1}.npz"
+        batch = self.prepared.data.batches[index]
         np.savez(file, allow_pickle=False, **batch)
         self.checkpoints.wait()
         newest = self.checkpoints.latest()
@@ -501,16 +522,17 @@ class Loop:
         )
 
 
-def _initial_state(prepared: PreparedRun, loaded: LoadedBase) -> tuple[TrainState, Any]:
-    """Returns the state before the first step, and the base it trains on.
+def _start(prepared: PreparedRun) -> Start:
+    """Loads the base and makes the state before the first step.
 
     From here on the directory is a run: it has settings. The part that pissa and olora
     factor out of the base is kept in it as a PEFT adapter, since a decomposition may
     give other bits on the machine where the run is continued.
     """
     # Two keys of one seed: the initial adapters, and all randomness of the steps.
-    config = prepared.config
+    config, compiled = prepared.config, prepared.compiled
     init_key, run_key = jax.random.split(jax.random.key(config.train.seed))
+    loaded = _load_base(prepared)
     lora, base = config.lora, loaded.tree
     start, fresh = Path(config.output_dir) / START, False
     if loaded.initial_adapters is not None:
@@ -526,17 +548,23 @@ def _initial_state(prepared: PreparedRun, loaded: LoadedBase) -> tuple[TrainStat
     # Settings before START: without them a directory with content would be refused as
     # that of something else.
     settings = start.with_name(SETTINGS)
-    if not settings.is_file():
-        write_text(settings, to_toml(config))
+    with disk_errors(settings.parent):
+        if not settings.is_file():
+            write_text(settings, to_toml(config))
         # Under a plain start: this is the part that is factored out of the base, while
         # `save_adapter` refuses adapters that were trained on the rest.
-    if fresh and lora.changes_base:
-        plain = dataclasses.replace(lora, init_lora_weights="default")
-        convert.save_adapter(start, plain, jax.device_get(adapters), base)
-    adapters = jax.tree.map(jnp.asarray, adapters)
+        if fresh and lora.changes_base:
+            plain = dataclasses.replace(lora, init_lora_weights="default")
+            convert.save_adapter(start, plain, jax.device_get(adapters), base)
     if lora.changes_base:
         base = factor_out(base, adapters, lora)
-    return init_state(adapters, prepared.compiled.optimizer, run_key), base
+    return Start(
+        state=compiled.initial_state(adapters, run_key),
+        # The copy on the host is given up with this function.
+        base=compiled.place_base(base),
+        fingerprint=loaded.fingerprint,
+        tables=loaded.tables,
+    )
 
 
 def _note_untrained(base: Any, selection: Selection, used: np.ndarray) -> None:

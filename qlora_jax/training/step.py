@@ -190,6 +190,7 @@ def jit_step(
     config: TrainConfig,
     *,
     platform: str | None = None,
+    state: Any = None,
 ) -> Any:
     """Jits `train_step` as a run takes it and `plan` plans it.
 
@@ -198,6 +199,8 @@ def jit_step(
       optimizer: from `make_optimizer`.
       config: the noise.
       platform: as `compiler_options` takes it.
+      state: on a mesh, its shapes with their shardings, which the state after the step
+        has too.
 
     Returns:
       (state, base, batch) -> (state, metrics), with the state donated.
@@ -209,8 +212,15 @@ def jit_step(
         neftune_noise_alpha=config.neftune_noise_alpha,
         objective=NEXT_TOKEN,
     )
+    settings: dict[str, Any] = {}
+    if state is not None:
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+        settings["out_shardings"] = (shardings, None)
     return jax.jit(
-        step, donate_argnums=0, compiler_options=compiler_options(platform) or None
+        step,
+        donate_argnums=0,
+        compiler_options=compiler_options(platform) or None,
+        **settings,
     )
 
 
