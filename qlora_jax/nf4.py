@@ -20,8 +20,7 @@ import functools
 import hashlib
 import math
 import os
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -500,29 +499,19 @@ def _pool() -> concurrent.futures.ThreadPoolExecutor:
 _PIECE = 1 << 25
 
 
-def sha256(piece: np.ndarray) -> bytes:
-    """SHA-256 of an array of bytes."""
-    return hashlib.sha256(piece).digest()
-
-
-def crc32(piece: np.ndarray) -> bytes:
-    """CRC-32 of an array of bytes, which anyone can forge.
-
-    It detects damage by disks and memory, at about twice the speed of SHA-256.
-    """
-    return zlib.crc32(piece).to_bytes(4, "little")
-
-
-def fingerprint_tree(tree: Any, digest: Callable[[np.ndarray], bytes] = sha256) -> str:
+def fingerprint_tree(tree: Any) -> str:
     """Computes SHA-256 over every leaf's path, dtype, shape and bytes.
 
     Args:
       tree: arrays and `NF4Tensor`s, on the host or on devices.
-      digest: what stands for the bytes of a piece of an array.
 
     Returns:
       64 hexadecimal digits.
     """
+
+    def digest(piece: np.ndarray) -> bytes:
+        return hashlib.sha256(piece).digest()
+
     whole = hashlib.sha256()
     # hashlib releases the interpreter lock, so threads use all cores; leaf after leaf
     # keeps one host copy of a device array alive.

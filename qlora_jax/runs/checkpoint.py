@@ -36,7 +36,7 @@ import orbax.checkpoint as ocp
 
 from convert import read_json
 from qlora_jax.errors import CheckpointError, say
-from qlora_jax.nf4 import crc32, fingerprint_tree
+from qlora_jax.runs.checksum import checksum
 from qlora_jax.runs.config import CheckpointConfig
 from qlora_jax.runs.directory import saved_steps
 from qlora_jax.runs.interruption import AtOnce
@@ -145,7 +145,7 @@ class Checkpoints:
         tree = _saveable(state)
         record = dict(record)
         # The digest is of the record without its checksums, as reading finds it.
-        record[_CHECKSUMS] = {"state": _checksum(tree), "record": _digest(record)}
+        record[_CHECKSUMS] = {"state": checksum(tree), "record": _digest(record)}
         with disk_errors(self.directory):
             # Orbax keeps the older checkpoints until this one is complete.
             self._check_space(sum(leaf.nbytes for leaf in jax.tree.leaves(tree)))
@@ -214,7 +214,7 @@ class Checkpoints:
         def read() -> Any:
             args = ocp.args.PyTreeRestore(target, restore_args=restore_args)
             state = self._manager.restore(step, args=ocp.args.Composite(state=args))
-            _compare_checksum("state", checksums, _checksum(state["state"]))
+            _compare_checksum("state", checksums, checksum(state["state"]))
             return state["state"]
 
         # The shapes, dtypes and devices of `like` are asked for, so a checkpoint of
@@ -307,20 +307,12 @@ def _abstract(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
-def _checksum(tree: Any) -> str:
-    """Hashes the arrays in their order, not the names of the containers.
-
-    Libraries may rename those (the fields of an optax state, for example).
-    """
-    return fingerprint_tree(jax.tree.leaves(tree), crc32)
-
-
 def _digest(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def _compare_checksum(name: str, saved: Mapping[str, str], checksum: str) -> None:
-    if saved.get(name) != checksum:
+def _compare_checksum(name: str, saved: Mapping[str, str], current: str) -> None:
+    if saved.get(name) != current:
         raise ValueError(f"the {name} is not what was saved, by its checksum")
 
 
