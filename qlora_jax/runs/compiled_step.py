@@ -517,6 +517,17 @@ def _in_memory_of(policy: Policy, base: Any) -> Any:
     return jax.tree_util.tree_map_with_path(assign, base)
 
 
+def _in_order(results: Any, mesh: Mesh) -> Any:
+    """Waits for results on virtual devices of a CPU: one program at a time.
+
+    The threads of two programs wait for each other there: those of the first hold the
+    cores while they wait for a collective, and those of the second do not get on.
+    """
+    if mesh.devices.flat[0].platform == "cpu":
+        jax.block_until_ready(results)
+    return results
+
+
 def _first_choice(
     compiled: Any, jitted: Any, planned: tuple, mesh: Mesh | None
 ) -> Callable[..., Any]:
@@ -537,7 +548,9 @@ def _first_choice(
         if not chosen:
             same = signature(arguments) == expected
             chosen.append(compiled if same else jitted)
-        with traced_on(mesh):
+        if mesh is None:
             return chosen[0](*arguments)
+        with traced_on(mesh):
+            return _in_order(chosen[0](*arguments), mesh)
 
     return step
