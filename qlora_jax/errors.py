@@ -40,6 +40,9 @@ class UserError(ValueError):
         can be read on its own.
     """
 
+    status: int | None = None
+    """Exit status of a command that it ends; None = 1, or what the command says."""
+
     def __init__(self, message: str, problems: Iterable[str] = ()):
         super().__init__(message)
         self.problems = tuple(problems) or (message,)
@@ -47,6 +50,8 @@ class UserError(ValueError):
 
 class UsageError(UserError):
     """A command line is wrong: an option that does not exist, or one out of place."""
+
+    status = 2
 
 
 class CheckpointError(UserError):

@@ -26,7 +26,7 @@ from qlora_jax.cli.output import (
     report_stop,
     signals_raise,
 )
-from qlora_jax.errors import UsageError, UserError, did_you_mean, say
+from qlora_jax.errors import UserError, did_you_mean, say
 
 # What the system says of a path that a user gave; other failures are defects.
 _REFUSED_BY_SYSTEM = (
@@ -165,7 +165,7 @@ def _run(command: Command, title: str, args: Sequence[str]) -> int:
         return getattr(module, command.function)(args)
     except UserError as error:
         say(f"{title}: {error}")
-        return 2 if isinstance(error, UsageError) else command.failure
+        return command.failure if error.status is None else error.status
     except OSError as error:
         if error.errno not in _REFUSED_BY_SYSTEM:
             raise

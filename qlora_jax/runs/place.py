@@ -1,0 +1,92 @@
+"""Which process of a run this is: from settings, or from Slurm."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from qlora_jax.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which process this is."""
+
+    host: str
+    """Of process 0, for the others."""
+    port: int
+    count: int
+    index: int
+
+
+def find_place(
+    coordinator: str | None, processes: int | None, process: int | None
+) -> Place | None:
+    """Finds out which process this is; None = the only one.
+
+    Args:
+      coordinator: as of `connect`, like the others.
+      processes: how many.
+      process: which.
+
+    Raises:
+      UsageError: incomplete or contradictory settings.
+    """
+    given = {"coordinator": coordinator, "processes": processes, "process": process}
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == 3:
+        return _slurm_place()
+    if processes == 1 and not process:
+        return None
+    if missing:
+        raise UsageError(
+            f"mesh: {_listed(given.keys() - set(missing))} given, and "
+            f"{_listed(missing)} missing. Several processes need all three: the "
+            'address of process 0 (`coordinator`, "host:port"), how many there are '
+            "(`processes`), and which one this is (`process`, from 0). In a job step "
+            "of Slurm (srun) leave out all three."
+        )
+    assert coordinator is not None and processes is not None and process is not None
+    if processes < 1 or not 0 <= process < processes:
+        raise UsageError(
+            f"mesh: `process` must be from 0 to `processes` - 1, got process = "
+            f"{process} with processes = {processes}."
+        )
+    host, _, port = coordinator.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise UsageError(
+            "mesh: `coordinator` must be the host and port of process 0, such as "
+            f'"node1:3579", got {coordinator!r}.'
+        )
+    return Place(host, int(port), processes, process)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in sorted(names))
+
+
+def _slurm_place() -> Place | None:
+    """Returns this task's place in a job step of Slurm with several tasks."""
+    # A batch script, or a shell of salloc, is in a job of several tasks without being
+    # one of them: the step counts.
+    count = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if count == 1:
+        return None
+    names = ("SLURM_PROCID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
+    absent = [name for name in names if name not in os.environ]
+    if absent:
+        raise UsageError(
+            f"A job step of Slurm with {count} tasks lacks {', '.join(absent)} in its "
+            "environment. Give `mesh.coordinator`, `mesh.processes` and "
+            "`mesh.process`."
+        )
+    index, nodes, job = (os.environ[name] for name in names)
+    # "node7", "node[3-5,7],other", "node[3,5]-ib"
+    match = re.match(r"([^,\[]*)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", nodes)
+    host = "".join(part or "" for part in match.groups()) if match else nodes
+    # Above the ports that Linux gives to connections; steps of a job differ.
+    step = int(os.environ.get("SLURM_STEP_ID", "0"))
+    return Place(host, 61440 + (int(job) + step) % 4096, count, int(index))
