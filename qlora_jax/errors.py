@@ -11,6 +11,7 @@ Someone who fixes a run file or a data file wants to see every mistake at once:
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import re
 import shutil
 import sys
@@ -221,6 +222,20 @@ def visible(text: str) -> str:
     return _INVISIBLE.sub(lambda match: f"[U+{ord(match[0]):04X}]", text)
 
 
+# Of the thread, and of those that copy its context.
+_QUIET: contextvars.ContextVar[bool] = contextvars.ContextVar("quiet", default=False)
+
+
+@contextlib.contextmanager
+def quiet(wanted: bool = True) -> Iterator[None]:
+    """Lets `say` print nothing inside, where another process says the same."""
+    token = _QUIET.set(wanted)
+    try:
+        yield
+    finally:
+        _QUIET.reset(token)
+
+
 def say(text: str) -> None:
     """Prints a message on stderr: on a terminal, broken at words to its width.
 
@@ -228,7 +243,7 @@ def say(text: str) -> None:
     obey are shown by their code points. What cannot be printed (the reader has gone,
     the disk with the log is full) is lost: the work is worth more than its messages.
     """
-    if sys.stderr is None:  # the process was started without one
+    if _QUIET.get() or sys.stderr is None:  # the process was started without one
         return
     text = visible(text)
     if sys.stderr.isatty():

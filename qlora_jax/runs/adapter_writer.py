@@ -86,6 +86,8 @@ class AdapterWriter:
     """Tokenizer and templates, by `adapter_files`."""
     base_tables: Mapping[tuple[str, ...], Any] = field(default_factory=dict)
     """Weights of the base that are not those of its directory, by module."""
+    writes: bool = True
+    """Whether this process writes; the others share arrays with it."""
 
     def write(
         self,
@@ -101,6 +103,8 @@ class AdapterWriter:
           losses: of a measurement at this step, for the training record.
         """
         lora, adapters = self._absorbed(state)
+        if not self.writes:
+            return
         base_name = lora.base_model_name_or_path
         if base_name is None:
             base_name = self.config.model.path
@@ -134,7 +138,10 @@ class AdapterWriter:
     def _absorbed(self, state: TrainState) -> tuple[LoraConfig, dict[str, Any]]:
         # With pissa and olora the trained adapter belongs to the changed base; what is
         # written is for the base as it was loaded.
-        return absorb(self.config.lora, to_host(state.adapters), self.base)
+        base = self.base
+        if self.config.lora.changes_base:
+            base = _residuals_on_host(base)
+        return absorb(self.config.lora, to_host(state.adapters), base)
 
     def say_replaced(self, state: TrainState) -> None:
         """Notes a directory that holds another adapter than the state that is written.
@@ -144,7 +151,10 @@ class AdapterWriter:
         """
         for name, own in self._directories(state).items():
             path = Path(self.config.output_dir) / name
-            if not path.is_dir() or self._holds(path, own):
+            lora, adapters = self._absorbed(own)
+            if not self.writes or not path.is_dir():
+                continue
+            if self._holds(path, lora, adapters):
                 continue
             step = _recorded_step(path)
             by_record = "without the record of a run"
@@ -159,9 +169,8 @@ class AdapterWriter:
                 "as `train.adapter_init`."
             )
 
-    def _holds(self, path: Path, state: TrainState) -> bool:
-        """Whether a directory holds the adapter of a state."""
-        lora, adapters = self._absorbed(state)
+    def _holds(self, path: Path, lora: LoraConfig, adapters: Any) -> bool:
+        """Whether a directory holds an adapter."""
         # Shapes alone: copies of the base's tables are not compared.
         shapes = jax.eval_shape(lambda base: base, self.base)
         try:
@@ -187,6 +196,18 @@ class AdapterWriter:
         """Writes adapter/ and, if the run keeps a moving average, adapter_ema/."""
         for name, own in self._directories(state).items():
             self.write(own, name)
+
+
+def _residuals_on_host(base: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the base with what was factored out of it as host arrays."""
+    return {
+        name: _residuals_on_host(value)
+        if isinstance(value, Mapping)
+        else to_host(value)
+        if name.startswith("residual_")
+        else value
+        for name, value in base.items()
+    }
 
 
 def _recorded_step(path: Path) -> int | None:

@@ -28,7 +28,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +40,13 @@ from qlora_jax.runs.checksum import checksum
 from qlora_jax.runs.config import CheckpointConfig
 from qlora_jax.runs.directory import saved_steps
 from qlora_jax.runs.interruption import AtOnce
+from qlora_jax.runs.processes import Peers
 from qlora_jax.training import TrainState
 
+_T = TypeVar("_T")
+
+# In which all processes must have read a checkpoint.
+_READ_SECONDS = 3600.0
 # Bytes that a checkpoint may need in addition to its arrays.
 _SLACK = 1 << 20
 _CHECKSUMS = "checksums"
@@ -58,13 +63,19 @@ class Checkpoints:
     """The checkpoints of one run directory; a context manager that waits at the end."""
 
     def __init__(
-        self, directory: Path, config: CheckpointConfig, *, cleanup: bool = True
+        self,
+        directory: Path,
+        config: CheckpointConfig,
+        *,
+        peers: Peers | None = None,
+        cleanup: bool = True,
     ) -> None:
         """Opens (and creates, if need be) the directory.
 
         Args:
           directory: of the checkpoints.
           config: how many are kept.
+          peers: the processes of the run, which all call the same methods.
           cleanup: delete half-written checkpoints of a process that was killed. Orbax
             does so in a thread, which may outlive a manager that only reads.
 
@@ -80,7 +91,10 @@ class Checkpoints:
             enable_async_checkpointing=True,
         )
         _silence_orbax()
-        _set_aside_metadata(self.directory)
+        self.peers = Peers() if peers is None else peers
+        self.peers.on_first(
+            "opening the checkpoints", lambda: _set_aside_metadata(self.directory)
+        )
         with disk_errors(self.directory):
             self._manager = ocp.CheckpointManager(
                 self.directory,
@@ -115,18 +129,24 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Returns the steps that have a directory, newest first, damaged or not."""
         steps = {*self._manager.all_steps(), *saved_steps(self.directory)}
-        return sorted(steps, reverse=True)
+        return self.peers.broadcast(sorted(steps, reverse=True), "finding checkpoints")
 
     def set_aside(self, step: int) -> Path:
         """Renames a damaged checkpoint so that it is not one; returns the new path."""
-        path, number = self.directory / f"damaged_step_{step}", 1
-        while path.exists():
-            number += 1
-            path = self.directory / f"damaged_step_{step}_{number}"
+
+        def rename() -> str:
+            path, number = self.directory / f"damaged_step_{step}", 1
+            while path.exists():
+                number += 1
+                path = self.directory / f"damaged_step_{step}_{number}"
+            with disk_errors(self.directory):
+                os.rename(self.path(step), path)
+            return str(path)
+
+        path = self.peers.on_first("setting a checkpoint aside", rename)
         with disk_errors(self.directory):
-            os.rename(self.path(step), path)
             self._manager.reload()
-        return path
+        return Path(path)
 
     def path(self, step: int) -> Path:
         """Returns the directory of a step."""
@@ -146,9 +166,10 @@ class Checkpoints:
         record = dict(record)
         # The digest is of the record without its checksums, as reading finds it.
         record[_CHECKSUMS] = {"state": checksum(tree), "record": _digest(record)}
+        # Orbax keeps the older checkpoints until this one is complete.
+        nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
         with disk_errors(self.directory):
-            # Orbax keeps the older checkpoints until this one is complete.
-            self._check_space(sum(leaf.nbytes for leaf in jax.tree.leaves(tree)))
+            self.peers.on_first("saving", lambda: self._check_space(nbytes))
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -198,7 +219,24 @@ class Checkpoints:
             _compare_checksum("record", checksums, _digest(record))
             return record, checksums
 
-        return _read_checkpoint(self.path(step), read)
+        return self._read(step, read)
+
+    def _read(self, step: int, read: Callable[[], _T]) -> _T:
+        """Returns what `read` returns; if it fails on one process, all raise."""
+        result, failure = None, None
+        try:
+            result = _read_checkpoint(self.path(step), read)
+        except CheckpointError as error:
+            failure = error
+        damaged = isinstance(failure, DamagedCheckpointError)
+        told = None if failure is None else [str(failure), damaged]
+        for outcome in self.peers.gather(told, "reading a checkpoint", _READ_SECONDS):
+            if outcome is not None:
+                text, damaged = outcome
+                raise (DamagedCheckpointError if damaged else CheckpointError)(
+                    text
+                ) from failure
+        return cast(_T, result)
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Reads the state of a step into the structure, shapes and devices of `like`.
@@ -219,7 +257,7 @@ class Checkpoints:
 
         # The shapes, dtypes and devices of `like` are asked for, so a checkpoint of
         # another structure is an error and not a conversion.
-        restored = _read_checkpoint(self.path(step), read)
+        restored = self._read(step, read)
         return TrainState(
             step=restored["step"],
             adapters=restored["adapters"],
@@ -362,9 +400,6 @@ _TRANSIENT_WORDS = (
     "Too many open files",
     "Cannot allocate memory",
 )
-
-
-_T = TypeVar("_T")
 
 
 def _read_checkpoint(path: Path, read: Callable[[], _T]) -> _T:

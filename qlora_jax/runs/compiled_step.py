@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from pallas_kernels.attention.check import AttentionCheck, check_attention
 from pallas_kernels.device import jax_has_kernels
@@ -94,7 +94,8 @@ class CompiledStep:
     """With the settings of the plan's policy."""
     optimizer: optax.GradientTransformation
     step: Callable[..., Any]
-    """(state, base, batch) -> (state, metrics); the state is donated."""
+    """(state, base, batch) -> (state, metrics); the state is donated. On several
+    processes it takes `stop_flags` too, and metrics have "stopping"."""
     eval_step: Callable[..., Any] | None = None
     """(adapters, base, batch) -> (summed loss, tokens), of held-out batches."""
     mesh: Mesh | None = None
@@ -426,7 +427,7 @@ def _compile_policy(
     optimizer: optax.GradientTransformation,
     plain: Step,
     policy: Policy,
-    arguments: tuple,
+    arguments: tuple[Any, ...],
     gpu: GpuSpec,
     tuning: Tuning,
     mesh: Mesh | None,
@@ -435,11 +436,21 @@ def _compile_policy(
     step = policy.apply(plain)
     model = model.clone(compute=step.compute)
     state = None if mesh is None else arguments[0]
-    jitted = jit_step(model, optimizer, plain.train, state=state)
+    # Several processes stop together.
+    flags = jax.process_count() > 1
+    jitted = jit_step(
+        model,
+        optimizer,
+        plain.train,
+        state=state,
+        stop_flags=mesh is not None and flags,
+    )
+    if mesh is not None and flags:
+        arguments = (*arguments, _flag_shapes(mesh))
     with traced_on(mesh):
         compiled: Any = tuning.compile(jitted.lower(*arguments))
     give_back_freed_memory()
-    memory = StepMemory.of(compiled, step, mesh, arguments=arguments)
+    memory = StepMemory.of(compiled, step, mesh, arguments=arguments[:3])
     versions = {"jax": jax.__version__}
     sizes = {"data": 1} if mesh is None else _sizes(mesh)
     plan = Plan(step, policy, gpu, sizes, memory, "compiled", versions, {})
@@ -452,6 +463,12 @@ def _compile_policy(
         shapes=arguments[:2],
         tuning=tuning,
     )
+
+
+def _flag_shapes(mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """Returns the shape and sharding of `processes.stop_flags`."""
+    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    return jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=sharding)
 
 
 def _sizes(mesh: Mesh) -> dict[str, int]:

@@ -249,6 +249,8 @@ class Watch:
     """For the MFU, where the device's peak is known."""
     trackers: Sequence[Tracker] = ()
     """Get every row too."""
+    writes: bool = True
+    """Whether this process writes and shows what all processes have."""
 
     def __post_init__(self) -> None:
         """Restores the state from the rows up to `start`."""
@@ -259,8 +261,10 @@ class Watch:
         self._first = self._last = self.began
         self.seconds_to_first_step: float | None = None
         self.peak_memory: int | None = None
-        rows = _truncate(self.directory / METRICS, self.start)
-        samples = _truncate(self.directory / SAMPLES, self.start)
+        rows, samples = [], []
+        if self.writes:
+            rows = _truncate(self.directory / METRICS, self.start)
+            samples = _truncate(self.directory / SAMPLES, self.start)
         losses = [row["loss"] for row in rows if "loss" in row]
         self.last_loss: float | None = losses[-1] if losses else None
         self.evaluations = [row for row in rows if "eval_loss" in row]
@@ -268,7 +272,8 @@ class Watch:
 
     def __enter__(self) -> Watch:
         """Opens metrics.jsonl and starts the bar."""
-        self._file = open(self.directory / METRICS, "a")
+        path = self.directory / METRICS if self.writes else os.devnull
+        self._file = open(path, "a")
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn("step {task.completed}/{task.total}"),
             rich.progress.BarColumn(),
@@ -276,7 +281,7 @@ class Watch:
             rich.progress.TimeElapsedColumn(),
             rich.progress.TextColumn("left"),
             rich.progress.TimeRemainingColumn(),
-            console=rich.console.Console(stderr=True),
+            console=rich.console.Console(stderr=True, quiet=not self.writes),
             refresh_per_second=2,  # a refresh takes about a millisecond of a core
         )
         self._plain = not self._bar.console.is_terminal
@@ -303,7 +308,8 @@ class Watch:
     def sync(self) -> None:
         """Flushes metrics.jsonl to the disk."""
         self._file.flush()
-        os.fsync(self._file.fileno())
+        if self.writes:  # /dev/null has no disk
+            os.fsync(self._file.fileno())
 
     def step(self, step: int, values: Mapping[str, Any], tokens: int) -> None:
         """Writes the metrics of a training step.
@@ -349,6 +355,9 @@ class Watch:
 
     def sampled(self, step: int, texts: Mapping[str, str]) -> None:
         """Writes generated samples, given as prompt -> continuation."""
+        self.sampled_steps.add(step)
+        if not self.writes:
+            return
         with open(self.directory / SAMPLES, "a", encoding="utf-8") as file:
             for prompt, text in texts.items():
                 row = {"step": step, "prompt": prompt, "text": text}
@@ -386,6 +395,8 @@ class Watch:
         self._print(line)
 
     def _print(self, text: str) -> None:
+        if not self.writes:
+            return
         text = visible(text)
         # As `say`: the run goes on when nobody reads its progress any longer.
         with contextlib.suppress(OSError):

@@ -72,6 +72,7 @@ from qlora_jax.runs.evaluation import check_prompts
 from qlora_jax.runs.loading import base_options, say_notes, say_unused
 from qlora_jax.runs.mesh import run_mesh
 from qlora_jax.runs.metrics import check_trackers
+from qlora_jax.runs.processes import Peers
 from qlora_jax.runs.publishing import published
 from qlora_jax.runs.resume import check_continues, newest_record
 from qlora_jax.runs.rows import read_facts
@@ -128,6 +129,7 @@ def prepare(
     explicit_lora: Collection[str] | None = None,
     *,
     problems: Problems,
+    peers: Peers,
 ) -> PreparedRun:
     """Validates a run and compiles its step, before any large file is read.
 
@@ -137,6 +139,7 @@ def prepare(
       mlp_cls: custom MLP modules.
       explicit_lora: names of the fields of `config.lora` that the user set.
       problems: problems so far, raised together with those of this function.
+      peers: the processes of the run.
 
     Raises:
       UserError: every problem. Large data are read only if there is no other problem,
@@ -154,7 +157,7 @@ def prepare(
     options = base_options(config.model)
     loaded = sources = data = None
     if any(hub_names(config)):
-        config, data = _check_before_download(config, resumed, problems)
+        config, data = _check_before_download(config, resumed, problems, peers)
     with problems.collecting():
         config, sources = find_sources(config)
         loaded = _abstract_model(sources.base, options, attention_cls, mlp_cls)
@@ -195,7 +198,7 @@ def prepare(
     if resumed:  # a changed setting needs no data to be seen
         before = len(problems)
         with problems.collecting():
-            saved = newest_record(config)
+            saved = newest_record(config, peers)
             if saved is not None:
                 check_continues(config, saved, steps=config.train.steps)
         blocked = blocked or len(problems) > before
@@ -222,12 +225,12 @@ def prepare(
         optimizer_groups=optimizer_groups,
         origin=origin,
         data=data,
-        compiled=_compile(config, model, base, data, resumed),
+        compiled=_compile(config, model, base, data, resumed, peers),
     )
 
 
 def _check_before_download(
-    config: RunConfig, resumed: bool, problems: Problems
+    config: RunConfig, resumed: bool, problems: Problems, peers: Peers
 ) -> tuple[RunConfig, RunData | None]:
     """Checks what needs no weights of the base, so that a mistake costs no download.
 
@@ -247,7 +250,7 @@ def _check_before_download(
             convert.check_repository_name(config.hub.model_id)
     if resumed:
         with problems.collecting():
-            saved = newest_record(config)
+            saved = newest_record(config, peers)
             if saved is not None:
                 check_continues(config, saved, steps=config.train.steps)
     if sources.adapter is None:
@@ -526,7 +529,12 @@ def _note_other_template(config: RunConfig, trained: str | None) -> None:
 
 
 def _compile(
-    config: RunConfig, model: Llama, base: Any, data: RunData, resumed: bool
+    config: RunConfig,
+    model: Llama,
+    base: Any,
+    data: RunData,
+    resumed: bool,
+    peers: Peers,
 ) -> CompiledStep:
     """Compiles the run's step and describes its plan on stderr."""
     directory, recorded = Path(config.output_dir), None
@@ -560,6 +568,8 @@ def _compile(
         activation=config.model.fusion,
         lora=config.lora,
     )
+    # A program of several processes is compiled by all of them together.
+    peers.agree({"data": data.examples.report.fingerprint})
     rows, length = data.batches[0]["tokens"].shape[1:]
     mesh, note = run_mesh(config.mesh, rows)
     if note is not None:

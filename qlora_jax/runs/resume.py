@@ -17,6 +17,7 @@ from qlora_jax.runs.checkpoint import (
 )
 from qlora_jax.runs.config import RunConfig
 from qlora_jax.runs.directory import ADAPTER, CHECKPOINTS
+from qlora_jax.runs.processes import Peers
 from qlora_jax.training import TrainState
 
 # Fields of a LoraConfig that name the base. Its weights are in the fingerprint.
@@ -115,10 +116,12 @@ def _flatten(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return entries
 
 
-def newest_record(config: RunConfig) -> dict[str, Any] | None:
+def newest_record(config: RunConfig, peers: Peers) -> dict[str, Any] | None:
     """Returns the record of a run's newest intact checkpoint, if there is one."""
     directory = Path(config.output_dir) / CHECKPOINTS
-    with Checkpoints(directory, config.checkpoint, cleanup=False) as checkpoints:
+    with Checkpoints(
+        directory, config.checkpoint, peers=peers, cleanup=False
+    ) as checkpoints:
         for step in checkpoints.steps():
             with contextlib.suppress(DamagedCheckpointError):
                 return checkpoints.record(step)

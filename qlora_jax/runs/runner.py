@@ -11,10 +11,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import secrets
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,8 +30,7 @@ from convert import (
     open_checkpoint,
     write_text,
 )
-from qlora_jax.data import Batches, prefetch
-from qlora_jax.errors import Problems, UserError, say
+from qlora_jax.errors import Problems, UsageError, quiet, say
 from qlora_jax.inference import base_mismatch
 from qlora_jax.lora import Selection, factor_out, init_adapters
 from qlora_jax.models import (
@@ -45,7 +45,6 @@ from qlora_jax.runs.checkpoint import Checkpoints, disk_errors
 from qlora_jax.runs.config import RunConfig
 from qlora_jax.runs.directory import (
     ADAPTER,
-    BEST,
     CHECKPOINTS,
     REPORT,
     START,
@@ -54,18 +53,19 @@ from qlora_jax.runs.directory import (
     finished_report,
     run_lock,
 )
-from qlora_jax.runs.environment import TUNING, environment
+from qlora_jax.runs.environment import TUNING, environment, versions
 from qlora_jax.runs.evaluation import Evaluation
-from qlora_jax.runs.interruption import Interruption, RunInterrupted
-from qlora_jax.runs.metrics import Watch, open_trackers, work_of
-from qlora_jax.runs.plots import BackgroundPlot, draw_loss
+from qlora_jax.runs.interruption import RunInterrupted
+from qlora_jax.runs.loop import Loop
+from qlora_jax.runs.plots import draw_loss
 from qlora_jax.runs.prepare import PreparedRun, prepare
+from qlora_jax.runs.processes import Peers, connect
 from qlora_jax.runs.publishing import publish_run
 from qlora_jax.runs.report import REPORT_PAGE, read_run, render_run
 from qlora_jax.runs.resume import continue_run, run_record
 from qlora_jax.runs.rows import read_evaluations
 from qlora_jax.runs.toml import SETTINGS, to_toml
-from qlora_jax.training import TrainState, schedule
+from qlora_jax.training import TrainState
 
 
 def run(
@@ -102,19 +102,84 @@ def run(
     that is a `CheckpointError`, and the same call tries it again.
     """
     began = time.perf_counter() if began is None else began
-    directory, problems = Path(config.output_dir), Problems()
+    mesh = config.mesh
     with contextlib.ExitStack() as stack:
-        with problems.collecting():
-            check_directory(directory)
-            # Held to the end: no other process writes into the directory meanwhile.
-            stack.enter_context(run_lock(directory))
-        prepared = prepare(
-            config, attention_cls, mlp_cls, explicit_lora, problems=problems
+        # Before any device is touched.
+        peers = stack.enter_context(
+            connect(mesh.coordinator, mesh.processes, mesh.process)
         )
-        report = _train(prepared, began)
+        if peers.count > 1:
+            # What the others would say is said once, by process 0.
+            stack.enter_context(quiet(not peers.is_first))
+            peers.agree(_facts_to_share(config))
+        directory, problems = Path(config.output_dir), Problems()
+        with peers.together("opening the run directory"):
+            if peers.is_first:
+                with problems.collecting():
+                    check_directory(directory)
+                    # Held to the end: no other run writes into it meanwhile.
+                    stack.enter_context(run_lock(directory))
+        _check_shared(directory, peers)
+        prepared = prepare(
+            config,
+            attention_cls,
+            mlp_cls,
+            explicit_lora,
+            problems=problems,
+            peers=peers,
+        )
+        report = _train(prepared, began, peers)
         if prepared.config.hub.model_id is not None:
-            report["published"] = publish_run(prepared.config, report["steps"])
+            report["published"] = peers.on_first(
+                "publishing", lambda: publish_run(prepared.config, report["steps"])
+            )
         return report
+
+
+def _facts_to_share(config: RunConfig) -> dict[str, str]:
+    """Returns what has to be the same in all processes of a run."""
+    settings = dataclasses.asdict(config)
+    for name in ("coordinator", "processes", "process"):
+        del settings["mesh"][name]
+    return {
+        **{
+            f"`{section}.{name}`": repr(value)
+            for section, values in settings.items()
+            if isinstance(values, dict)
+            for name, value in values.items()
+        },
+        "`output_dir`": repr(config.output_dir),
+        **{f"versions of {name}": text for name, text in versions().items()},
+    }
+
+
+def _check_shared(directory: Path, peers: Peers) -> None:
+    """Raises unless all processes see the run directory of process 0.
+
+    Raises:
+      UserError: a process does not, or sees another.
+    """
+    if peers.count == 1:
+        return
+    mark = peers.on_first("marking the run directory", lambda: _mark(directory))
+    seen = (directory / mark).exists()
+    blind = [i for i, sees in enumerate(peers.gather(seen, "finding it")) if not sees]
+    if peers.is_first:
+        (directory / mark).unlink(missing_ok=True)
+    if blind:
+        raise UsageError(
+            f"The output directory `{directory}` of process 0 is not that of "
+            f"{peers.name(*blind)}. All processes need the same one, on a file system "
+            "that they share."
+        )
+
+
+def _mark(directory: Path) -> str:
+    """Makes an empty file of a new name in a directory; returns the name."""
+    # One of those that the lock removes, should this process be killed now.
+    name = f".processes.{secrets.token_hex(4)}.qlora-jax-mark"
+    (directory / name).touch()
+    return name
 
 
 @dataclass(frozen=True)
@@ -191,7 +256,7 @@ class Start(NamedTuple):
     """As `LoadedBase.tables`."""
 
 
-def _train(prepared: PreparedRun, began: float) -> dict[str, Any]:
+def _train(prepared: PreparedRun, began: float, peers: Peers) -> dict[str, Any]:
     """Takes the remaining steps; returns the report."""
     config, data, compiled = prepared.config, prepared.data, prepared.compiled
     directory, steps = Path(config.output_dir), len(data.batches)
@@ -214,29 +279,40 @@ def _train(prepared: PreparedRun, began: float) -> dict[str, Any]:
         place_batch=compiled.place_batch,
         mesh=compiled.mesh,
     )
-    state, base, fingerprint, tables = _start(prepared)
+    state, base, fingerprint, tables = _start(prepared, peers)
+    peers.agree({"the base": fingerprint})
     record = run_record(config, fingerprint, data_fingerprint)
     with disk_errors(directory):
-        with Checkpoints(directory / CHECKPOINTS, config.checkpoint) as checkpoints:
+        with Checkpoints(
+            directory / CHECKPOINTS, config.checkpoint, peers=peers
+        ) as checkpoints:
             state, start = continue_run(checkpoints, state, record, steps)
             # Not earlier: a refused run keeps the settings it was started with.
-            write_text(directory / SETTINGS, to_toml(config))
-            ignored = evaluation.resume(read_evaluations(directory, until=start))
+            if peers.is_first:
+                write_text(directory / SETTINGS, to_toml(config))
+            rows = peers.on_first(
+                "reading the logs", lambda: read_evaluations(directory, until=start)
+            )
+            ignored = evaluation.resume(rows)
             if ignored:
                 say(
                     f"Note: {ignored} measurements so far are of other held-out data; "
                     "the best loss is searched anew."
                 )
             # report.json is written last: the run that it describes is complete.
-            finished = _finished(directory, start, steps, evaluation)
+            finished = peers.on_first(
+                "reading the report",
+                lambda: _finished(directory, start, steps, evaluation),
+            )
             if finished is not None:
                 return finished
-            # It belongs to a shorter run that this one continues.
-            (directory / REPORT).unlink(missing_ok=True)
             facts = _facts(prepared, fingerprint, base, state)
             facts["resumed_from_step"] = start or None
-            write_text(directory / STARTED, json.dumps(facts, indent=2) + "\n")
-            compiled.tuning.write(directory / TUNING)
+            if peers.is_first:
+                # It belongs to a shorter run that this one continues.
+                (directory / REPORT).unlink(missing_ok=True)
+                write_text(directory / STARTED, json.dumps(facts, indent=2) + "\n")
+                compiled.tuning.write(directory / TUNING)
             # The base is an argument of every step and is in no checkpoint; its
             # fingerprint is.
             loop = Loop(
@@ -252,32 +328,24 @@ def _train(prepared: PreparedRun, began: float) -> dict[str, Any]:
                     fingerprint=fingerprint,
                     base_tables=tables,
                     files=files,
+                    writes=peers.is_first,
                 ),
+                peers=peers,
             )
             if start:
                 loop.writer.say_replaced(state)
             state = loop.run(state, start, began)
         taken = int(state.step)
-        signal, reason = loop.interruption.signal, None
+        signal, reason = loop.stopped, None
         if taken < steps:
             reason = evaluation.reason
             if reason is not None:
                 say(f"The run ends after step {taken} of {steps}: {reason}.")
             elif signal is not None:
                 raise RunInterrupted(signal, taken, steps, directory / SETTINGS)
-        return _write_report(loop, facts, taken, reason)
-
-
-@dataclass(frozen=True)
-class PlacedBatches:
-    """Batches by index, on the devices that compute on their rows."""
-
-    batches: Batches
-    place: Callable[[Mapping[str, np.ndarray]], Mapping[str, Any]]
-
-    def __getitem__(self, index: int, /) -> Any:
-        """Returns batch `index`."""
-        return self.place(self.batches[index])
+        return peers.on_first(
+            "writing the report", lambda: _write_report(loop, facts, taken, reason)
+        )
 
 
 def _finished(
@@ -350,179 +418,7 @@ def _write_report(
     return report
 
 
-def log_step(watch: Watch, step: int, metrics: Mapping[str, Any], tokens: int) -> bool:
-    """Logs the metrics of a step; returns False, without logging, if not finite.
-
-    Args:
-      watch: logs.
-      step: number of the step, from 1.
-      metrics: of `train_step`, on the device.
-      tokens: tokens of its batch, padding excluded.
-    """
-    # One transfer for all metrics, which waits until the step is done.
-    values = {name: value.item() for name, value in jax.device_get(metrics).items()}
-    finite = values.pop("finite")
-    if finite:
-        watch.step(step, values, tokens)
-    return finite
-
-
-@dataclass(kw_only=True)
-class Loop:
-    """The steps of a run, with logs, checkpoints, evaluations and samples."""
-
-    prepared: PreparedRun
-    base: Any
-    checkpoints: Checkpoints
-    record: Mapping[str, Any]
-    """What must be unchanged for the run to continue."""
-    evaluation: Evaluation
-    writer: AdapterWriter
-    watch: Watch = field(init=False)
-    interruption: Interruption = field(init=False)
-    plot: BackgroundPlot | None = field(init=False)
-
-    def run(self, state: TrainState, start: int, began: float) -> TrainState:
-        """Takes the steps after `start`, up to the end or an interruption.
-
-        Args:
-          state: before the first of them.
-          start: steps already taken.
-          began: `time.perf_counter()` when the command started.
-        """
-        prepared, config = self.prepared, self.prepared.config
-        directory, steps = Path(config.output_dir), len(prepared.data.batches)
-        self.plot = BackgroundPlot(directory) if config.log.plot else None
-        settings = dataclasses.asdict(config)
-        with (
-            open_trackers(config.log, directory, settings, start) as trackers,
-            Watch(
-                directory,
-                start=start,
-                steps=steps,
-                schedule=schedule(config.train, steps),
-                every=config.log.every,
-                began=began,
-                work=work_of(
-                    prepared.compiled.plan.step, prepared.data.examples.lengths
-                ),
-                trackers=trackers,
-            ) as self.watch,
-            Interruption() as self.interruption,
-        ):
-            return self._take_steps(state, start)
-
-    def _take_steps(self, state: TrainState, start: int) -> TrainState:
-        compiled, batches = self.prepared.compiled, self.prepared.data.batches
-        every = self.prepared.config.checkpoint
-        steps = len(batches)
-        unlogged: tuple[int, Any] | None = None
-        if start == 0:
-            self._evaluate(state, 0)
-            self.watch.restart_timer()
-        ahead = prefetch(PlacedBatches(batches, compiled.place_batch), start, steps)
-        saved = start
-        for index, batch in enumerate(ahead, start):
-            # True at once where a run is continued that had ended early.
-            if self.evaluation.exhausted:
-                break
-            state, metrics = compiled.step(state, self.base, batch)
-            # Reading metrics waits for them: those of the previous step are read while
-            # the device computes this one.
-            if unlogged is not None:
-                self._log(*unlogged)
-            unlogged = (index, metrics)
-            done = index + 1
-            # Read once: a signal may come at any moment.
-            stopping = self.interruption.signal is not None
-            due = stopping or done % every.every == 0 or done == steps
-            if due or self._is_evaluated(done):
-                self._log(*unlogged)
-                unlogged = None
-                # Before the checkpoint, which stands for all rows up to its step.
-                self._evaluate(state, done)
-                if due or self.evaluation.exhausted:
-                    self._save(state, done)
-                    saved = done
-                self.watch.restart_timer()
-            if stopping:
-                break
-        ahead.close()
-        self.checkpoints.wait()
-        if saved == start:  # the run was killed between checkpoint and report
-            self.writer.write_all(state)
-        if self.plot is not None:
-            self.plot.wait()
-        return state
-
-    def _is_evaluated(self, done: int) -> bool:
-        """Returns whether something is measured or sampled after `done` steps."""
-        evaluation, steps = self.evaluation, len(self.prepared.data.batches)
-        return evaluation.measures_at(done, steps) or evaluation.samples_at(done, steps)
-
-    def _evaluate(self, state: TrainState, done: int) -> None:
-        """Measures the held-out loss and samples, if due and not done before a kill."""
-        evaluation, steps = self.evaluation, len(self.prepared.data.batches)
-        measured = {row["step"] for row in self.watch.evaluations}
-        if evaluation.measures_at(done, steps) and done not in measured:
-            row = evaluation.measure(state.adapters, self.base, done)
-            is_best = evaluation.best.step == done
-            if is_best:  # before its row, which implies that the adapter is there
-                losses = {name: row[name] for name in ("eval_loss", "eval_perplexity")}
-                self.writer.write(state, BEST, losses)
-            self.watch.evaluated(row, "  best so far" if is_best else "")
-        if evaluation.samples_at(done, steps) and done not in self.watch.sampled_steps:
-            self.watch.sampled(done, evaluation.sample(state.adapters, self.base))
-        if self.plot is not None:
-            self.plot.start_if_due()
-
-    def _save(self, state: TrainState, done: int) -> None:
-        """Saves a checkpoint after `done` steps, and its adapter."""
-        # Rows first: a checkpoint stands for all rows up to its step, and a continued
-        # run deletes only later ones.
-        self.watch.sync()
-        # Orbax writes in the background while the adapter is written here.
-        first = self.checkpoints.latest() is None
-        steps = len(self.prepared.data.batches)
-        self.checkpoints.save(state, {**self.record, "batches": done, "steps": steps})
-        if first:
-            # An adapter without a checkpoint means that checkpoints were lost.
-            self.checkpoints.wait()
-        self.writer.write_all(state)
-
-    def _log(self, index: int, metrics: Mapping[str, Any]) -> None:
-        """Logs a step.
-
-        Raises:
-          UserError: its loss or gradient is not finite. The batch is saved.
-        """
-        tokens = self.prepared.data.batches.tokens(index)
-        if log_step(self.watch, index + 1, metrics, tokens):
-            return
-        directory = Path(self.prepared.config.output_dir)
-        file = directory / f"nonfinite_step_{index + 1}.npz"
-        batch = self.prepared.data.batches[index]
-        np.savez(file, allow_pickle=False, **batch)
-        self.checkpoints.wait()
-        newest = self.checkpoints.latest()
-        if newest is None:
-            advice = "There is no checkpoint yet; the same command starts over."
-        else:
-            advice = (
-                f"The last good checkpoint is `{self.checkpoints.path(newest)}`: the "
-                "same command tries again from there, and a new run can start from "
-                f"its adapter (`train.adapter_init` = {str(directory / ADAPTER)!r})."
-            )
-        loss, norm = (metrics[name].item() for name in ("loss", "grad_norm"))
-        raise UserError(
-            f"Step {index + 1} is not finite: loss {loss}, gradient norm {norm}. Its "
-            f"batch (number {index}) is saved as `{file}`; the adapters were not "
-            f"changed by it. {advice} A lower learning rate, a longer warm-up or dtype "
-            "= 'bfloat16' or 'float32' usually helps."
-        )
-
-
-def _start(prepared: PreparedRun) -> Start:
+def _start(prepared: PreparedRun, peers: Peers) -> Start:
     """Loads the base and makes the state before the first step.
 
     From here on the directory is a run: it has settings. The part that pissa and olora
@@ -548,15 +444,17 @@ def _start(prepared: PreparedRun) -> Start:
     # Settings before START: without them a directory with content would be refused as
     # that of something else.
     settings = start.with_name(SETTINGS)
-    with disk_errors(settings.parent):
-        if not settings.is_file():
+    with peers.together("writing the settings"), disk_errors(settings.parent):
+        if peers.is_first and not settings.is_file():
             write_text(settings, to_toml(config))
         # Under a plain start: this is the part that is factored out of the base, while
         # `save_adapter` refuses adapters that were trained on the rest.
-        if fresh and lora.changes_base:
+        if peers.is_first and fresh and lora.changes_base:
             plain = dataclasses.replace(lora, init_lora_weights="default")
             convert.save_adapter(start, plain, jax.device_get(adapters), base)
     if lora.changes_base:
+        if peers.count > 1:  # the same bits everywhere
+            adapters = convert.load_adapter(start, base)[1]
         base = factor_out(base, adapters, lora)
     return Start(
         state=compiled.initial_state(adapters, run_key),

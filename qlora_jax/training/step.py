@@ -191,6 +191,7 @@ def jit_step(
     *,
     platform: str | None = None,
     state: Any = None,
+    stop_flags: bool = False,
 ) -> Any:
     """Jits `train_step` as a run takes it and `plan` plans it.
 
@@ -201,6 +202,8 @@ def jit_step(
       platform: as `compiler_options` takes it.
       state: on a mesh, its shapes with their shardings, which the state after the step
         has too.
+      stop_flags: take a fourth argument, integers whose sum becomes
+        `metrics["stopping"]`: all processes of a run stop by the same number.
 
     Returns:
       (state, base, batch) -> (state, metrics), with the state donated.
@@ -212,6 +215,8 @@ def jit_step(
         neftune_noise_alpha=config.neftune_noise_alpha,
         objective=NEXT_TOKEN,
     )
+    if stop_flags:
+        step = partial(_with_flags, step)
     settings: dict[str, Any] = {}
     if state is not None:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
@@ -222,6 +227,13 @@ def jit_step(
         compiler_options=compiler_options(platform) or None,
         **settings,
     )
+
+
+def _with_flags(
+    step: Callable[..., Any], state: TrainState, base: Any, batch: Batch, flags: Array
+) -> tuple[TrainState, dict[str, Array]]:
+    state, metrics = step(state, base, batch)
+    return state, metrics | {"stopping": flags.sum()}
 
 
 def eval_step(

@@ -32,9 +32,9 @@ import numpy as np
 
 from qlora_jax.runs.config import LogConfig
 from qlora_jax.runs.environment import versions
+from qlora_jax.runs.loop import log_step
 from qlora_jax.runs.metrics import Watch, open_trackers
 from qlora_jax.runs.plots import draw_loss
-from qlora_jax.runs.runner import log_step
 from scripts.bench.measuring import run_bench
 
 

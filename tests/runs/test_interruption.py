@@ -198,7 +198,7 @@ def test_before_the_first_step_there_is_nothing_to_save(
 AT_ONCE = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from qlora_jax.runs.runner import AdapterWriter
+from qlora_jax.runs.adapter_writer import AdapterWriter
 write = AdapterWriter.write
 def during_the_save(self, state, *args):
     if int(state.step) == 8:
