@@ -149,6 +149,11 @@ class CompiledStep:
             "mesh": dict(plan.mesh),
         }
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether `step` returns before the step is done, as long as the host works."""
+        return self.mesh is None or not _is_virtual(self.mesh)
+
     def place_base(self, base: Any) -> Any:
         """Moves a base from the host, as every process has it, to where it is used."""
         policy = self.plan.policy
@@ -540,9 +545,14 @@ def _in_order(results: Any, mesh: Mesh) -> Any:
     The threads of two programs wait for each other there: those of the first hold the
     cores while they wait for a collective, and those of the second do not get on.
     """
-    if mesh.devices.flat[0].platform == "cpu":
+    if _is_virtual(mesh):
         jax.block_until_ready(results)
     return results
+
+
+def _is_virtual(mesh: Mesh) -> bool:
+    """Whether the devices of a mesh are those that JAX makes of a CPU."""
+    return mesh.devices.flat[0].platform == "cpu"
 
 
 def _first_choice(

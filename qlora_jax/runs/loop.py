@@ -180,9 +180,11 @@ class Loop:
                 unlogged = (index, metrics)
                 self._note_signal()
                 due = self.stopped or done % every.every == 0 or done == steps
-                if due or self._is_evaluated(done):
+                evaluated = self._is_evaluated(done)
+                if due or evaluated or not compiled.overlaps:
                     self._log(*unlogged)
                     unlogged = None
+                if due or evaluated:
                     # Before the checkpoint, which stands for all rows up to its step.
                     with self._paused("measuring"):
                         self._evaluate(state, done)
