@@ -184,6 +184,7 @@ def test_who_dies_is_named_once_for_all_that_die_together(peers, channels):
 
 def test_the_reason_of_the_first_that_ends_reaches_the_others(peers, channels):
     channels[1].end(143, "terminated")
+    assert channels[2].wait_for_stop(5).status == 143
     channels[2].end(1, "later")
     with pytest.raises(
         PeerError, match=r"Process 1 \(node1\) ended: terminated"

@@ -1,12 +1,16 @@
 """Real processes start together, stop after the same step, and end together.
 
-Each runs process_program.py on two devices.
+process_program.py is what they run, on two devices each.
 """
 
+import json
+import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -21,7 +25,7 @@ from qlora_jax.runs.place import Place, find_place
 from qlora_jax.runs.processes import connect, stop_flags
 
 PROGRAM = Path(__file__).with_name("process_program.py")
-# Two or three processes import jax on two cores.
+# A run takes some, on a busy machine; after these it hangs.
 SECONDS = 60
 LOST = r"{} \(\S+\) was lost: it ended without a word"
 
@@ -31,26 +35,30 @@ def free_port():
         return server.getsockname()[1]
 
 
-def run(count, case):
-    """Runs a case; returns the exit status and the output of each process."""
-    address = f"127.0.0.1:{free_port()}"
-    running = [
-        subprocess.Popen(
-            [sys.executable, str(PROGRAM), address, str(count), str(index), case],
-            cwd=PROGRAM.parents[2],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(count)
-    ]
-    try:
-        errors = [process.communicate(timeout=SECONDS)[1] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
-            process.stderr.close()
-    return [process.returncode for process in running], errors
+@pytest.fixture(scope="module")
+def run():
+    """A function: count, case -> exit statuses and outputs of the processes."""
+    program = subprocess.Popen(
+        [sys.executable, str(PROGRAM)],
+        cwd=PROGRAM.parents[2],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+    def run(count, case):
+        timer = threading.Timer(SECONDS, os.killpg, (program.pid, signal.SIGKILL))
+        timer.start()
+        print(count, case, free_port(), file=program.stdin, flush=True)
+        line = program.stdout.readline()
+        timer.cancel()
+        return zip(*json.loads(line), strict=True)
+
+    yield run
+    program.stdin.close()
+    program.stdout.close()
+    program.wait()
 
 
 @pytest.mark.parametrize(
@@ -78,14 +86,17 @@ def run(count, case):
             [LOST.format("Process 1"), "", LOST.format("ocess 1")],
         ),
         ("defect_first", 2, [1, 1], ["LookupError: a defect", r"Process 0 \(.*Look"]),
-        ("stuck", 2, [75, 75], ["step 3 is not done after 2 s"] * 2),
+        (
+            *("stuck", 2, [75, 75]),
+            ["step 3 is not done after 2 s", r"Process 0 \(\S+\) ended: .*not done"],
+        ),
     ],
 )
 def test_what_ends_one_process_ends_all_with_one_message(
-    case, count, statuses, messages
+    run, case, count, statuses, messages
 ):
     ended, errors = run(count, case)
-    assert ended == statuses, "\n".join(errors)
+    assert list(ended) == statuses, "\n".join(errors)
     for index, (message, error) in enumerate(zip(messages, errors, strict=True)):
         assert re.search(message, error, re.M), error
         # What gloo prints, and devices of all processes.
@@ -95,7 +106,7 @@ def test_what_ends_one_process_ends_all_with_one_message(
         assert ("Traceback" in error) == culprit, error
 
 
-def test_the_end_of_process_0_ends_the_others():
+def test_the_end_of_process_0_ends_the_others(run):
     # JAX's service ends with it. The others leave at once, before JAX aborts them, but
     # may lose that race: status 134, with JAX's message.
     ended, errors = run(2, "kill_first")
