@@ -208,8 +208,12 @@ class Channel:
                 name = list_processes([0], dict(enumerate(self.members)))
                 text = f"{stage}: {name} did not answer within {limit:g} s."
                 self.stop = Stop(TRY_AGAIN, text)
+            # An answer counts that comes just before the end of another process: the
+            # answer may say why.
+            if number in self._results:
+                return self._results.pop(number)
         self.raise_stop()
-        return self._results.pop(number)
+        raise AssertionError("no answer without a reason")
 
     def raise_stop(self) -> None:
         """Raises if the processes must end.
