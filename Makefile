@@ -12,6 +12,7 @@ VENV ?= .venv
 VENV_PEER ?= .venv-peer
 VENV_GPU ?= .venv-gpu
 VENV_CUDA ?= .venv-cuda
+VENV_RAY ?= .venv-ray
 # A version of jax for VENV_GPU, in place of the newest.
 JAX_GPU ?=
 # Test processes. XLA compiles in the main thread, so one process a core pays.
@@ -24,11 +25,11 @@ ARGS ?=
 BIN := $(VENV)/bin
 # The folders with tests marked `compile` or `interpret`: collecting the others takes longer.
 KERNEL_TESTS := tests/compile tests/pallas_kernels tests/models
-SOURCES := qlora_jax pallas_kernels convert scripts docs/tooling tests
+SOURCES := qlora_jax pallas_kernels convert scripts launch docs/tooling tests
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test unit lint types format docs peer compile compile-types \
-  compile-tests fuzz bench gpu clean
+  compile-tests fuzz bench gpu ray clean
 
 define CHECK_PYTHON
 $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -37,7 +38,7 @@ endef
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
-	@echo "targets: demo test unit lint types format docs peer compile fuzz bench gpu clean"
+	@echo "targets: demo test unit lint types format docs peer compile fuzz bench gpu ray clean"
 
 # The stamp is written last: an interrupted installation starts over. A venv made by a
 # Python that has since gone is made anew. Bytecode is compiled for what is imported, as it
@@ -135,7 +136,16 @@ $(VENV_CUDA)/.installed: pyproject.toml
 gpu: $(VENV_CUDA)/.installed
 	$(VENV_CUDA)/bin/python scripts/gpu_check $(ARGS)
 
+# A Ray cluster of two nodes on this machine, and what launch/ray_train.py does on it.
+$(VENV_RAY)/.installed: pyproject.toml
+	@$(VENV_RAY)/bin/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV_RAY)
+	$(VENV_RAY)/bin/python -m pip install --quiet 'ray[train]==2.60.*' --editable '.[dev]'
+	@touch $@
+
+ray: $(VENV_RAY)/.installed
+	$(VENV_RAY)/bin/python -m pytest tests/launch -m ray $(ARGS)
+
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
-	rm -rf .venv .venv312 .venv-peer .venv-gpu .venv-cuda
+	rm -rf .venv .venv312 .venv-peer .venv-gpu .venv-cuda .venv-ray

@@ -85,7 +85,7 @@ def test_the_map_has_every_module_with_a_description(site, repository):
     tooling = runpy.run_path(str(repository / "docs/tooling/repository.py"))
     table = tooling["module_map"]()
     shown = page(site, "architecture")
-    for top in ("pallas_kernels", "qlora_jax", "convert", "scripts", "docs/tooling"):
+    for top in tooling["SOURCE_FOLDERS"]:
         for path in (repository / top).rglob("*.py"):
             folder = path.parent.relative_to(repository).as_posix()
             section = table.partition(f"### {folder}/\n")[2].partition("\n### ")[0]

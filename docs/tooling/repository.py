@@ -19,7 +19,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 # Folders of the map, in the order in which they import one another.
-SOURCE_FOLDERS = ("pallas_kernels", "qlora_jax", "convert", "scripts", "docs/tooling")
+SOURCE_FOLDERS = (
+    *("pallas_kernels", "qlora_jax", "convert"),
+    *("scripts", "launch", "docs/tooling"),
+)
 NOTEBOOKS = ROOT / "notebooks"
 # A Markdown link: its label, a path (no address), an anchor.
 LINK = r"\[([^\]]+)\]\(([^)#:\s]+)(#[^)\s]*)?\)"
