@@ -1,0 +1,133 @@
+"""Runs of two processes, with two devices each: stopped, killed and continued."""
+
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qlora_jax.runs.rows import METRICS, read_metrics
+from tests.runs.mesh_cases import settings
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+STEPS = 12
+ENVIRONMENT = {
+    "JAX_NUM_CPU_DEVICES": "2",
+    "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+    "PYTHONPATH": str(ROOT),
+}
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+class Pair:
+    """Two processes of `qlora-jax train`."""
+
+    def __init__(self, file: Path, output: Path, *options: tuple[str, ...]):
+        port = free_port()
+        self.processes = [
+            subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "qlora_jax.cli", "train", str(file)),
+                    *("--output-dir", str(output), "--mesh.processes", "2"),
+                    *("--mesh.coordinator", f"127.0.0.1:{port}"),
+                    *("--mesh.process", str(index)),
+                    *(options[index] if options else ()),
+                ],
+                env=os.environ | ENVIRONMENT,
+                stderr=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                text=True,
+            )
+            for index in range(2)
+        ]
+
+    def end(self) -> tuple[list[int], list[str]]:
+        """Waits for both; returns their statuses and what they wrote to stderr."""
+        texts = [process.communicate(timeout=240)[1] for process in self.processes]
+        return [process.returncode for process in self.processes], texts
+
+
+def signal_after(pair: Pair, output: Path, steps: int, number: int) -> None:
+    """Sends a signal to process 1 once the run has logged so many steps."""
+    rows = output / METRICS
+    while not (rows.exists() and rows.read_text().count('"loss"') >= steps):
+        assert pair.processes[0].poll() is None, pair.end()
+        time.sleep(0.02)
+    pair.processes[1].send_signal(number)
+
+
+@pytest.fixture(scope="module")
+def run_file(llama_dir, rows_file, tmp_path_factory):
+    from qlora_jax.runs.config import MeshConfig
+    from qlora_jax.runs.toml import to_toml
+
+    folder = tmp_path_factory.mktemp("processes")
+    config = settings(
+        str(llama_dir),
+        str(rows_file),
+        folder / "run",
+        MeshConfig(fsdp=2),
+        train={"steps": STEPS},
+        eval={"examples": 8, "every": 4},
+    )
+    file = folder / "run.toml"
+    file.write_text(to_toml(config))
+    return file
+
+
+def outcome(output: Path) -> tuple[str, list[float], dict]:
+    """Returns the adapter's digest, all losses, and what was measured."""
+    weights = (output / "adapter/adapter_model.safetensors").read_bytes()
+    losses = [row["loss"] for row in read_metrics(output)]
+    report = json.loads((output / "report.json").read_text())
+    return hashlib.sha256(weights).hexdigest(), losses, report["eval"]
+
+
+def test_a_stopped_and_a_killed_process_change_nothing(run_file, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    statuses, texts = Pair(run_file, whole).end()
+    assert statuses == [0, 0], texts
+    # What both would say is said by one.
+    assert f"step {STEPS}/{STEPS}" in texts[0] and "step" not in texts[1]
+
+    pair = Pair(run_file, broken)
+    signal_after(pair, broken, 2, signal.SIGTERM)
+    statuses, texts = pair.end()
+    assert statuses == [143, 143], texts
+    assert "everything is saved" in texts[0]
+    stopped = len(read_metrics(broken))
+    assert 2 <= stopped < STEPS
+
+    pair = Pair(run_file, broken)
+    signal_after(pair, broken, stopped + 1, signal.SIGKILL)
+    statuses, texts = pair.end()
+    assert statuses == [75, -signal.SIGKILL], texts
+    assert "process 1" in texts[0].lower() and "Traceback" not in texts[0]
+
+    statuses, texts = Pair(run_file, broken).end()
+    assert statuses == [0, 0], texts
+    assert outcome(broken) == outcome(whole)
+
+
+def test_processes_with_other_settings_end_before_anything_is_written(
+    run_file, tmp_path
+):
+    output = tmp_path / "run"
+    pair = Pair(run_file, output, (), ("--train.learning-rate", "0.5"))
+    statuses, texts = pair.end()
+    assert statuses == [2, 2], texts
+    for text in texts:
+        assert "learning_rate" in text and "0.5" in text and "Traceback" not in text
+    assert not output.exists()
