@@ -67,6 +67,7 @@ NEVER = {"torch", "peft", "bitsandbytes"}
 ENVIRONMENT_READERS: dict[str, str] = {
     "qlora_jax.compiler": "XLA_FLAGS has the user's settings of the same compiler",
     "qlora_jax.planning.gpus": "JAX's limit of pinned memory has no other place",
+    "qlora_jax.runs.place": "Slurm tells a task which one it is",
     "qlora_jax.planning.compile": "sets up a process of its own before jax starts, for "
     "a GPU that is absent",
 }

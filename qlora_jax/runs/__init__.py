@@ -2,6 +2,8 @@
 
 config, toml -> directory, loading -> prepare, compiled_step -> runner -> evaluation,
 checkpoint, resume, interruption, metrics -> plots, report.
+
+Several processes: place, channel -> hub -> processes, watchdog.
 """
 
 import lazy_loader

@@ -39,6 +39,8 @@ TRY_AGAIN = 75
 
 # An exchange that the hub leaves unanswered this long after its limit: process 0 hangs.
 _SLACK_SECONDS = 30.0
+# More than another thread needs to end the process.
+_LEAVE_SECONDS = 60.0
 # A dead host answers no probes: its connection is closed after 10 + 6 * 5 seconds.
 _KEEPALIVE = {
     "TCP_KEEPIDLE": 10,
@@ -139,6 +141,7 @@ class Channel:
       grace: seconds that the main thread has to notice a stop, by an exchange or by the
         failure of its step, before this process is ended. The main thread may wait for
         ever for a dead process.
+      hub: that runs in this process.
 
     Raises:
       ConnectionError: the hub is not one of this library, or was closed.
@@ -152,19 +155,22 @@ class Channel:
         *,
         limit: float,
         grace: float = 5.0,
+        hub: threading.Thread | None = None,
     ):
-        self._socket, self.grace = connection, grace
+        self._socket, self.grace, self._hub = connection, grace, hub
         self._lines = connection.makefile("rb")
         self._sending = threading.Lock()
         self._changed = threading.Condition()
         self._results: dict[int, list[Any]] = {}
         self._rounds, self._closing, self._noticed = 0, False, False
+        self._leaving, self._closed = threading.Lock(), threading.Event()
         self.stop: Stop | None = None
         """Why all processes must end, once one has."""
         connection.settimeout(limit)
         self._send({"kind": "hello", "version": __version__, **hello})
         answer = self._read()
         if answer.get("kind") == "stop":
+            self._lines.close()
             connection.close()
             raise PeerError(answer["text"], answer["status"])
         if answer.get("kind") != "members":
@@ -202,8 +208,12 @@ class Channel:
                 name = list_processes([0], dict(enumerate(self.members)))
                 text = f"{stage}: {name} did not answer within {limit:g} s."
                 self.stop = Stop(TRY_AGAIN, text)
+            # An answer counts that comes just before the end of another process: the
+            # answer may say why.
+            if number in self._results:
+                return self._results.pop(number)
         self.raise_stop()
-        return self._results.pop(number)
+        raise AssertionError("no answer without a reason")
 
     def raise_stop(self) -> None:
         """Raises if the processes must end.
@@ -232,12 +242,37 @@ class Channel:
         with contextlib.suppress(OSError):
             self._send({"kind": "end", "status": status, "text": text})
 
+    def wait_for_others(self) -> None:
+        """Waits, in process 0, until the others have ended after a stop.
+
+        JAX aborts those that are still there when its service in this process ends.
+        """
+        if self._hub is not None:
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+            self._hub.join(4 * self.grace)
+
+    def leave(self, status: int, text: str | None) -> NoReturn:
+        """Ends this process after a stop, or after `end`; process 0 is the last.
+
+        Args:
+          status: the exit status.
+          text: printed before.
+        """
+        if not self._leaving.acquire(blocking=False):
+            time.sleep(_LEAVE_SECONDS)  # another thread is at it
+        if text is not None:
+            say(text)
+        self.wait_for_others()
+        leave_at_once(status)
+
     def close(self) -> None:
         """Leaves; the processes have agreed that the run has ended."""
         self._closing = True
+        self._closed.set()
         with contextlib.suppress(OSError):
             self._send({"kind": "bye"})
-            self._socket.shutdown(socket.SHUT_WR)
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def _send(self, message: Mapping[str, Any]) -> None:
         with self._sending:
@@ -254,11 +289,13 @@ class Channel:
         return message if isinstance(message, dict) else {}
 
     def _listen(self) -> None:
-        stop = None
+        stop, grace = None, self.grace
         while stop is None:
             try:
                 message = self._read()
             except OSError:
+                # JAX's service was there too: JAX aborts this process in a moment.
+                grace = 0.0
                 text = describe_lost([0], dict(enumerate(self.members)))
                 stop = Stop(TRY_AGAIN, text)
                 break
@@ -268,16 +305,18 @@ class Channel:
                 with self._changed:
                     self._results[message["number"]] = message["values"]
                     self._changed.notify_all()
-        if self._closing:
-            return
-        with self._changed:
-            self.stop = self.stop or stop
-            self._changed.notify_all()
-        time.sleep(self.grace)
-        if self._noticed:  # the main thread is on its way out, and may wait there
-            time.sleep(6 * self.grace)
-            leave_at_once(self.stop.status)
-        leave_at_once(self.stop.status, self.stop.text)
+        if not self._closing:
+            with self._changed:
+                self.stop = self.stop or stop
+                self._changed.notify_all()
+            closed = self._closed.wait(grace)
+            if not closed and not self._noticed:
+                self.leave(self.stop.status, self.stop.text)
+            # The main thread is on its way out, and may wait there.
+            if not closed and not self._closed.wait(6 * self.grace):
+                self.leave(self.stop.status, None)
+        self._lines.close()
+        self._socket.close()
 
 
 def reach(

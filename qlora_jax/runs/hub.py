@@ -121,7 +121,7 @@ class Hub(threading.Thread):
         """Hellos by process."""
         self._left: set[int] = set()
         self._lost: list[int] = []
-        self._stop: Stop | None = None
+        self._reason: Stop | None = None
         self._rounds: dict[int, _Round] = {}
         self._deadline = time.monotonic() + limit
         """Of what the hub waits for, apart from rounds."""
@@ -129,12 +129,12 @@ class Hub(threading.Thread):
         self._selector.register(listener, selectors.EVENT_READ)
         # Process 0's own connection needs no address.
         self.first, inner = socket.socketpair()
-        self._add(inner)
+        self._own = self._add(inner)
 
     def run(self) -> None:
         """Serves until every process has left."""
         try:
-            while self._connections:
+            while any(c.index is not None or c is self._own for c in self._connections):
                 for key, _ in self._selector.select(self._seconds_left()):
                     if key.data is None:
                         self._accept()
@@ -152,7 +152,7 @@ class Hub(threading.Thread):
         return len(self._members) < self._count
 
     def _waits(self) -> bool:
-        return bool(self._gathering() or self._lost or self._stop)
+        return bool(self._gathering() or self._lost or self._reason)
 
     def _seconds_left(self) -> float | None:
         deadlines = [r.deadline for r in self._rounds.values()]
@@ -164,7 +164,7 @@ class Hub(threading.Thread):
         """Acts on deadlines that have passed; returns False when the hub is to end."""
         now = time.monotonic()
         if self._waits() and now >= self._deadline:
-            if self._stop is not None:
+            if self._reason is not None:
                 return False
             if self._lost:
                 text = describe_lost(sorted(self._lost), self._members)
@@ -179,7 +179,7 @@ class Hub(threading.Thread):
                     f"{self._count - 1}, and the same `mesh.coordinator`. The output "
                     "of the missing ones says what keeps them.",
                 )
-        for round_ in [] if self._stop else list(self._rounds.values()):
+        for round_ in [] if self._reason else list(self._rounds.values()):
             if now >= round_.deadline:
                 absent = [i for i in range(self._count) if i not in round_.values]
                 self._stop_all(
@@ -197,12 +197,13 @@ class Hub(threading.Thread):
             set_keepalive(connection)
             self._add(connection)
 
-    def _add(self, connection: socket.socket) -> None:
+    def _add(self, connection: socket.socket) -> _Connection:
         # A process that takes no messages is as good as dead.
         connection.settimeout(10)
         entry = _Connection(connection)
         self._connections.append(entry)
         self._selector.register(connection, selectors.EVENT_READ, entry)
+        return entry
 
     def _receive(self, connection: _Connection) -> None:
         if connection not in self._connections:  # dropped in this turn of the loop
@@ -213,7 +214,7 @@ class Hub(threading.Thread):
         except (OSError, ValueError, KeyError, TypeError):
             self._drop(connection)
             index = connection.index
-            if index is not None and index not in self._left and self._stop is None:
+            if index is not None and index not in self._left and self._reason is None:
                 if not self._lost:
                     self._deadline = time.monotonic() + _TOGETHER_SECONDS
                 self._lost.append(index)
@@ -227,17 +228,20 @@ class Hub(threading.Thread):
         elif kind == "round":
             self._join(connection.index, message)
         elif kind == "end":
-            self._left.add(connection.index)
             name = list_processes([connection.index], self._members)
-            self._stop_all(
-                message["status"],
-                f"{name[0].upper()}{name[1:]} ended: {message['text']}",
-            )
+            text = f"{name[0].upper()}{name[1:]} ended: {message['text']}"
+            self._left.add(connection.index)
+            self._drop(connection)
+            self._stop_all(message["status"], text)
         elif kind == "bye":
             self._left.add(connection.index)
 
     def _welcome(self, connection: _Connection, hello: dict[str, Any]) -> None:
         index, count = hello["process"], hello["processes"]
+        if self._reason is not None:
+            connection.index = index
+            self._send(connection, {"kind": "stop", **vars(self._reason)})
+            return
         problem = None
         if hello["version"] != __version__:
             problem = (
@@ -264,10 +268,11 @@ class Hub(threading.Thread):
             self._stop_all(2, problem)
             return
         self._members[index] = hello
-        if self._stop is not None:
-            self._send(connection, {"kind": "stop", **vars(self._stop)})
-        elif not self._gathering():
+        if not self._gathering():
             self._close_listener()
+            for other in list(self._connections):
+                if other.index is None:  # a stranger
+                    self._drop(other)
             members = [self._members[i] for i in range(self._count)]
             self._send_all({"kind": "members", "members": members})
 
@@ -291,8 +296,8 @@ class Hub(threading.Thread):
             self._send_all({"kind": "round", "number": number, "values": values})
 
     def _stop_all(self, status: int, text: str) -> None:
-        if self._stop is None:
-            self._stop = Stop(status, text)
+        if self._reason is None:
+            self._reason = Stop(status, text)
             self._deadline = time.monotonic() + _LINGER_SECONDS
             self._rounds.clear()
             self._close_listener()
@@ -312,9 +317,6 @@ class Hub(threading.Thread):
         if self._listener.fileno() >= 0:
             self._selector.unregister(self._listener)
             self._listener.close()
-            for connection in list(self._connections):
-                if connection.index is None:  # a stranger
-                    self._drop(connection)
 
     def _drop(self, connection: _Connection) -> None:
         if connection in self._connections:

@@ -30,7 +30,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -38,8 +38,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qlora_jax.errors import UsageError, UserError
 from qlora_jax.runs.channel import (
+    TRY_AGAIN,
     Channel,
     PeerError,
+    Stop,
     leave_at_once,
     list_processes,
     reach,
@@ -58,7 +60,7 @@ _ANSWER_SECONDS = 300.0
 # Words of errors of a collective operation that another process did not take part in.
 _COMMUNICATION = re.compile(
     r"gloo|nccl|connection (closed|reset)|broken pipe|coordination service|heartbeat|"
-    r"collective|peer|socket closed",
+    r"collective|\bpeer\b|socket closed",
     re.I,
 )
 
@@ -173,7 +175,10 @@ class Peers:
         except Exception as error:
             failure = error
         limit = _WORK_SECONDS if limit is None else limit
-        self._raise_first(stage, failure, self.gather(_describe(failure), stage, limit))
+        outcome = None
+        if failure is not None:
+            outcome = {"status": _exit_status(failure), "text": _describe(failure)}
+        self._raise_first(stage, failure, self.gather(outcome, stage, limit))
 
     def on_first(
         self, stage: str, compute: Callable[[], T], limit: float | None = None
@@ -212,44 +217,52 @@ class Peers:
         statuses = [outcome["status"] for outcome in failed.values()]
         raise PeerError(message[0].upper() + message[1:], max(statuses))
 
-    def explain(self, error: BaseException, step: int | None = None) -> str | None:
+    def explain(self, error: BaseException, step: int | None = None) -> Stop | None:
         """Says which process is to blame for the failure of a step.
 
-        For a step that raised; print the text and `leave_at_once(75)`.
+            except Exception as error:
+                stop = peers.explain(error, step)
+                if stop is None:
+                    raise
+                peers.leave(stop.status, stop.text)
 
         Args:
           error: that the step raised.
           step: its number.
 
         Returns:
-          One message, or None if nothing points to another process: the error is this
-          process's own.
+          One message with an exit status, or None if nothing points to another process:
+          the error is this process's own.
         """
         if self._channel is None:
             return None
-        communication = _COMMUNICATION.search(f"{type(error).__name__}: {error}")
-        stop = self._channel.wait_for_stop(10.0 if communication else 2.0)
+        communication = _COMMUNICATION.search(str(error))
+        # A closed connection is known at once, and a silent host after 40 seconds.
+        stop = self._channel.wait_for_stop(45.0 if communication else 2.0)
         at = "" if step is None else f"Step {step}: "
         if stop is not None:
-            return at + stop.text
+            return Stop(stop.status, at + stop.text)
         if communication is None:
             return None
         reason = str(error).strip().split("\n")[0][:300]
-        return (
+        return Stop(
+            TRY_AGAIN,
             f"{at}{self.name()} could not exchange data with the others, and none of "
-            f"them is known to have ended: {reason}. It may be the network. The run "
-            "continues from its newest checkpoint when all processes are started again."
+            f"them is known to have ended: {reason}. It may be the network. The "
+            "run continues from its newest checkpoint when all are started again.",
         )
 
-    def announce(self, status: int, text: str) -> None:
-        """Tells the other processes that this one ends, so that they end as well.
+    def leave(self, status: int, text: str) -> NoReturn:
+        """Ends this process at once, and all others with the same status.
 
         Args:
-          status: exit status for all.
-          text: why.
+          status: of this process, and of others that have no reason of their own.
+          text: why; printed here, and by the others as what ended this one.
         """
-        if self._channel is not None:
-            self._channel.end(status, text)
+        if self._channel is None:
+            leave_at_once(status, text)
+        self._channel.end(status, text)
+        self._channel.leave(status, text)
 
 
 def stop_flags(mesh: Mesh, stopping: bool) -> jax.Array:
@@ -314,11 +327,9 @@ def connect(
         jax.distributed.shutdown()
         channel.close()
     except BaseException as error:
-        status, text = _exit_status(error), f"{error}" or type(error).__name__
-        channel.end(status, text)
-        if hub is not None:
-            # JAX aborts the others when its service, in this process, ends first.
-            hub.join(4 * channel.grace)
+        status = _exit_status(error)
+        channel.end(status, _describe(error))
+        channel.wait_for_others()
         # JAX's own exit would wait for all processes. This comes before it.
         atexit.register(leave_at_once, status)
         raise
@@ -342,14 +353,14 @@ def _exit_status(error: BaseException) -> int:
     return 1
 
 
-def _describe(failure: Exception | None) -> dict[str, Any] | None:
-    """Returns an exception as other processes report it."""
-    if failure is None:
-        return None
-    text = str(failure)
-    if not isinstance(failure, UserError):
-        text = f"{type(failure).__name__}: {failure}; its output has the traceback."
-    return {"text": text, "status": _exit_status(failure)}
+def _describe(error: BaseException) -> str:
+    """Returns what other processes say of an exception."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, Exception):
+        return f"{type(error).__name__}: {error}. Its output has the traceback."
+    # A signal, or an exit. `RunInterrupted` says what is saved.
+    return str(error) or f"exit status {_exit_status(error)}."
 
 
 def _open(place: Place, timeout: float) -> tuple[Hub | None, Channel]:
@@ -374,7 +385,7 @@ def _open(place: Place, timeout: float) -> tuple[Hub | None, Channel]:
     hub = Hub(listener, place.count, timeout)
     hub.start()
     # The hub gives up first, and says why.
-    return hub, Channel(hub.first, hello, limit=timeout + 10)
+    return hub, Channel(hub.first, hello, limit=timeout + 10, hub=hub)
 
 
 def _start_jax(place: Place, timeout: float) -> None:

@@ -1,6 +1,6 @@
 """Ends a process whose step hangs, so that a launcher starts all of them again.
 
-    with Watchdog(peers.name(), announce=peers.announce) as watchdog:
+    with Watchdog(peers.name(), leave=peers.leave) as watchdog:
         for step, batch in enumerate(batches, 1):
             ...                                  # take the step
             watchdog.reset(step)
@@ -37,7 +37,6 @@ class Watchdog:
       name: of this process, for the message.
       minimum: seconds.
       factor: multiple of the median.
-      announce: called with the status and the message before the process ends.
       leave: ends the process; called with the status and the message.
     """
 
@@ -47,11 +46,10 @@ class Watchdog:
         *,
         minimum: float = 300.0,
         factor: float = 10.0,
-        announce: Callable[[int, str], None] | None = None,
         leave: Callable[[int, str], object] = leave_at_once,
     ):
         self._name, self._minimum, self._factor = name, minimum, factor
-        self._announce, self._leave = announce, leave
+        self._leave = leave
         self._times: deque[float] = deque(maxlen=_TIMES)
         self._changed = threading.Condition()
         self._began, self._step = time.monotonic(), 0
@@ -129,8 +127,6 @@ class Watchdog:
             if self._ended:
                 return
             message = self._message()
-        if self._announce is not None:
-            self._announce(TRY_AGAIN, message)
         self._leave(TRY_AGAIN, message)
 
     def _message(self) -> str:
