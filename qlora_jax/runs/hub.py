@@ -30,6 +30,8 @@ from qlora_jax.version import __version__
 _TOGETHER_SECONDS = 0.3
 # After a stop the hub waits this long for the processes to leave.
 _LINGER_SECONDS = 60.0
+# A process that takes no message for so long is as good as dead.
+_SEND_SECONDS = 60.0
 # A stranger sends no hello: this many bytes of a line tell.
 _HELLO_BYTES = 4096
 
@@ -198,8 +200,7 @@ class Hub(threading.Thread):
             self._add(connection)
 
     def _add(self, connection: socket.socket) -> _Connection:
-        # A process that takes no messages is as good as dead.
-        connection.settimeout(10)
+        connection.settimeout(_SEND_SECONDS)
         entry = _Connection(connection)
         self._connections.append(entry)
         self._selector.register(connection, selectors.EVENT_READ, entry)
@@ -212,12 +213,16 @@ class Hub(threading.Thread):
             for message in connection.read_lines():
                 self._take(connection, message)
         except (OSError, ValueError, KeyError, TypeError):
-            self._drop(connection)
-            index = connection.index
-            if index is not None and index not in self._left and self._reason is None:
-                if not self._lost:
-                    self._deadline = time.monotonic() + _TOGETHER_SECONDS
-                self._lost.append(index)
+            self._lose(connection)
+
+    def _lose(self, connection: _Connection) -> None:
+        """Drops a connection that was closed or is broken."""
+        self._drop(connection)
+        index = connection.index
+        if index is not None and index not in self._left and self._reason is None:
+            if not self._lost:
+                self._deadline = time.monotonic() + _TOGETHER_SECONDS
+            self._lost.append(index)
 
     def _take(self, connection: _Connection, message: dict[str, Any]) -> None:
         kind = message["kind"]
@@ -309,9 +314,10 @@ class Hub(threading.Thread):
                 self._send(connection, message)
 
     def _send(self, connection: _Connection, message: Mapping[str, Any]) -> None:
-        # Where it fails, the selector reports the connection as closed.
-        with contextlib.suppress(OSError):
+        try:
             connection.socket.sendall(encode(message))
+        except OSError:
+            self._lose(connection)
 
     def _close_listener(self) -> None:
         if self._listener.fileno() >= 0:

@@ -47,6 +47,7 @@ from qlora_jax.runs.channel import (
     reach,
 )
 from qlora_jax.runs.hub import Hub, listen
+from qlora_jax.runs.interruption import RunInterrupted
 from qlora_jax.runs.place import Place, find_place
 
 T = TypeVar("T")
@@ -318,23 +319,30 @@ def connect(
     began = time.monotonic()
     hub, channel = _open(place, timeout)
     peers = Peers(place, channel)
+    interrupted = None
     try:
         _start_jax(place, max(10.0, began + timeout - time.monotonic()))
         peers.gather(None, "starting JAX", timeout)
-        yield peers
+        try:
+            yield peers
+        except RunInterrupted as error:  # after the same step on all, and all is saved
+            interrupted = error
         # Others may wait long for process 0, which writes and publishes.
         peers.gather(None, "the end of the run", _WORK_SECONDS)
         jax.distributed.shutdown()
         channel.close()
     except BaseException as error:
         status = _exit_status(error)
-        channel.end(status, _describe(error))
+        # An exit in the middle is no success of the others.
+        channel.end(status or 1, _describe(error))
         channel.wait_for_others()
         # JAX's own exit would wait for all processes. This comes before it.
         atexit.register(leave_at_once, status)
         raise
     if hub is not None:
         hub.join(10)
+    if interrupted is not None:
+        raise interrupted
 
 
 def _exit_status(error: BaseException) -> int:
@@ -404,8 +412,10 @@ def _start_jax(place: Place, timeout: float) -> None:
             initialization_timeout=round(timeout),
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
-    except (RuntimeError, ValueError) as error:
-        raise PeerError(
-            f"JAX's distributed runtime did not start: {error} A run on several "
-            "processes must be the first to use JAX in each of them.",
+    except jax.errors.JaxRuntimeError as error:
+        raise PeerError(f"JAX's distributed runtime did not start: {error}") from error
+    except RuntimeError as error:  # of JAX's Python: it is too late
+        raise UserError(
+            "A run on several processes must be the first to use JAX in each of them, "
+            f"and the only one: {error}"
         ) from error

@@ -13,13 +13,14 @@ import signal
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qlora_jax.errors import UserError, say
-from qlora_jax.runs.interruption import Interruption
+from qlora_jax.runs.interruption import Interruption, RunInterrupted
 from qlora_jax.runs.processes import connect, stop_flags
 from qlora_jax.runs.watchdog import Watchdog
 
@@ -72,8 +73,13 @@ def take_steps(peers, case):
             watchdog.reset(number)
             if stopping:
                 break
-        value = x.addressable_shards[0].data.item()
-        say(f"stopped after step {number} at {value}")
+    value = x.addressable_shards[0].data.item()
+    say(f"step {number}: {value}")
+    if stopping:
+        if peers.is_first:
+            time.sleep(0.5)  # it saves; the others may be done before
+            say(f"told to leave: {peers._channel.stop}")
+        raise RunInterrupted("SIGTERM", number, 8, Path("run.toml"))
 
 
 def main(address, count, index, case):
@@ -100,6 +106,9 @@ def fork(*arguments):
         os.dup2(2, 1)
     try:
         main(*arguments)
+    except RunInterrupted as error:
+        say(f"{error}")
+        sys.exit(error.status)
     except UserError as error:
         say(f"{error}")
         sys.exit(1 if error.status is None else error.status)

@@ -65,7 +65,12 @@ def run():
     ("case", "count", "statuses", "messages"),
     [
         # A signal to one stops all after the same step; SIGTERM is not taken by JAX.
-        ("signal", 2, [0, 0], ["stopped after step 3 at 1.0"] * 2),
+        (
+            *("signal", 2, [143, 143]),
+            ["step 3: 1.0\ntold to leave: None\nstopped by SIGTERM after step 3"]
+            + ["step 3: 1.0\nstopped by SIGTERM after step 3"],
+        ),
+        ("nothing", 2, [0, 0], ["step 8: 1.0"] * 2),
         (
             "differ",
             2,
