@@ -90,7 +90,7 @@ with connect() as peers:
 
 def main() -> None:
     """Starts the cluster, runs the job and shows its log."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("directory", type=Path)
     parser.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args()

@@ -39,6 +39,9 @@ _HELLO_BYTES = 4096
 def listen(host: str, port: int) -> socket.socket:
     """Returns a socket for the connections of all processes.
 
+    Like JAX's own service it trusts the network: whoever can reach the port can end the
+    run, but messages are data and never code.
+
     Args:
       host: name of this host for the others. One of the loopback is bound as it is;
         else every interface is, since a name may be that of a forwarding service.
@@ -234,7 +237,9 @@ class Hub(threading.Thread):
             self._join(connection.index, message)
         elif kind == "end":
             name = list_processes([connection.index], self._members)
-            text = f"{name[0].upper()}{name[1:]} ended: {message['text']}"
+            name, text = f"{name[0].upper()}{name[1:]}", message["text"]
+            # Where the text says already who it is.
+            text = text if text.startswith(name) else f"{name} ended: {text}"
             self._left.add(connection.index)
             self._drop(connection)
             self._stop_all(message["status"], text)

@@ -19,7 +19,6 @@ import numpy as np
 from qlora_jax.data import Batches, prefetch
 from qlora_jax.errors import UserError
 from qlora_jax.runs.adapter_writer import AdapterWriter
-from qlora_jax.runs.channel import TRY_AGAIN
 from qlora_jax.runs.checkpoint import Checkpoints
 from qlora_jax.runs.directory import ADAPTER, BEST
 from qlora_jax.runs.evaluation import Evaluation
@@ -150,10 +149,10 @@ class Loop:
         except UserError:
             raise
         except Exception as error:
-            text = self.peers.explain(error, step)
-            if text is None:
+            stop = self.peers.explain(error, step)
+            if stop is None:
                 raise
-            self.peers.leave(TRY_AGAIN, text)
+            self.peers.leave(stop.status, stop.text)
 
     def _take_steps(self, state: TrainState, start: int) -> TrainState:
         compiled, batches = self.prepared.compiled, self.prepared.data.batches

@@ -92,7 +92,7 @@ class Peers:
         return list_processes(indices or [self.index], members)
 
     def gather(
-        self, value: T, stage: str = "gather", limit: float | None = None
+        self, value: Any, stage: str = "gather", limit: float | None = None
     ) -> Any:
         """Returns the values of all processes, on each of them.
 

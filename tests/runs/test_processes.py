@@ -93,7 +93,10 @@ def run():
         ("defect_first", 2, [1, 1], ["LookupError: a defect", r"Process 0 \(.*Look"]),
         (
             *("stuck", 2, [75, 75]),
-            ["step 3 is not done after 2 s", r"Process 0 \(\S+\) ended: .*not done"],
+            [
+                "step 3 is not done after 2 s",
+                r"^Process 0 \(\S+\): step 3 is not done after 2 s",
+            ],
         ),
     ],
 )
