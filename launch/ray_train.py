@@ -161,12 +161,11 @@ def gpus_per_node() -> int:
 def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the parsed command line."""
     parser = argparse.ArgumentParser(
-        description="Trains on a Ray cluster, one process a node.", allow_abbrev=False
+        description="Trains on a Ray cluster, one process a node.",
+        epilog="What follows -- is passed on to `qlora-jax train`.",
+        allow_abbrev=False,
     )
     parser.add_argument("run", metavar="RUN.toml", type=Path, help="the run file")
-    parser.add_argument(
-        "options", nargs="*", help="after --: more options of `qlora-jax train`"
-    )
     parser.add_argument("--nodes", type=int, required=True, help="number of processes")
     parser.add_argument(
         "--min-nodes",
@@ -185,7 +184,10 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--program", default="qlora-jax", help="the program, as every node finds it"
     )
-    return parser.parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    # argparse takes no positional arguments after options.
+    end = words.index("--") if "--" in words else len(words)
+    return parser.parse_args(words[:end], argparse.Namespace(options=words[end + 1 :]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
