@@ -92,7 +92,8 @@ def divide_over_nodes(
     Raises:
       UserError: the nodes have no equal part of the mesh.
     """
-    inner, outer = {name: sizes.get(name, 1) for name in AXES}, dict.fromkeys(AXES, 1)
+    inner: dict[str, int] = {name: sizes.get(name, 1) for name in AXES}
+    outer: dict[str, int] = {name: 1 for name in AXES}
     # The rows are divided over the nodes first, and the context never: its keys and
     # values are gathered in every layer.
     for name in ROWS:

@@ -37,8 +37,8 @@ from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.targets import select
 from qlora_jax.models import params as model_params
 from qlora_jax.models.config import LlamaConfig
-from qlora_jax.nf4 import crc32, fingerprint_tree
 from qlora_jax.runs.checkpoint import Checkpoints
+from qlora_jax.runs.checksum import checksum
 from qlora_jax.runs.config import CheckpointConfig
 from qlora_jax.training.step import TrainState, init_state
 from qlora_jax.tree import put
@@ -103,7 +103,7 @@ def measure(
             elif operation == "restore":
                 jax.block_until_ready(checkpoints.restore(STEP, state).adapters)
             else:
-                fingerprint_tree(arrays, crc32)
+                checksum(arrays)
             seconds = time.perf_counter() - began
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return {
