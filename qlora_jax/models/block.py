@@ -45,6 +45,7 @@ from qlora_jax.models.layers import (
     multiply,
 )
 from qlora_jax.models.rope import rope_table, rotate
+from qlora_jax.models.sharding import local_shape
 
 # What the backward pass keeps of a layer, by `Compute.remat`; it recomputes the rest.
 _ATTENTION = jax.checkpoint_policies.save_from_both_policies(
@@ -213,7 +214,7 @@ class Block(nn.Module):
         chunks = 1
         if training and type(mlp) is MLP:
             limit = mlp_tokens(self.config.intermediate_size, self.compute.remat)
-            chunks = mlp_chunks(x.shape[0], x.shape[1], limit)
+            chunks = mlp_chunks(*local_shape(*x.shape[:2]), limit)
         fuses = self.compute.fuses_norms or self.compute.fuses_activation
         if chunks == 1 and fuses and type(mlp) is MLP:
             update, x = mlp.function(features)(x, norm=norm.function(features))

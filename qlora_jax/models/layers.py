@@ -32,7 +32,13 @@ from qlora_jax.choices import Attention, Dtype, Fusion, Kernels, LoraProducts, R
 from qlora_jax.errors import UserError
 from qlora_jax.lora import LoraConfig
 from qlora_jax.lora import functional as lora_lib
-from qlora_jax.models.sharding import gather_shared, on_device
+from qlora_jax.models.sharding import (
+    cut_chunks,
+    gather_shared,
+    join_chunks,
+    on_device,
+    pad_chunks,
+)
 
 _LINEAR_ARRAYS = (
     "lora_A",
@@ -539,7 +545,13 @@ def mlp_tokens(intermediate_size: int, remat: str) -> int | None:
 
 
 def mlp_chunks(rows: int, length: int, limit: int | None) -> int:
-    """Returns the number of equal chunks of at most `limit` tokens each."""
+    """Returns the number of equal chunks of at most `limit` tokens each.
+
+    Args:
+      rows: on a device.
+      length: tokens of a row on a device.
+      limit: of `mlp_tokens`.
+    """
     if limit is None:
         return 1
     fewest = -(-rows * length // limit)
@@ -557,21 +569,18 @@ def map_chunks(
 
     The derivative of a chunk recomputes its inner results, so those of one chunk are
     all that is ever in memory. Arrays that `function` closes over are computed once. A
-    chunk is a part of every row, so devices that divide the rows stay independent.
+    chunk is a part of every row on each device, so devices stay independent.
     """
-    rows, length, features = x.shape
-    size = -(-length // chunks)
-    x = jnp.pad(x, ((0, 0), (0, chunks * size - length), (0, 0)))
+    padded = pad_chunks(x, chunks)
 
     # Inside a scan nothing can undo the recomputation; see `llama.LlamaModel`.
     @partial(jax.checkpoint, prevent_cse=False)
     def step(_: None, chunk: tuple[Array, Array]) -> tuple[None, Array]:
         return None, function(*chunk)
 
-    # [B, n c, D] -> [n, B, c, D]: the scan goes over the leading axis.
-    parts = x.reshape(rows, chunks, size, features).swapaxes(0, 1)
+    parts = cut_chunks(padded, chunks)
     _, out = jax.lax.scan(step, None, (parts, jnp.arange(chunks)))
-    return out.swapaxes(0, 1).reshape(x.shape)[:, :length]
+    return join_chunks(out, x.shape[1])
 
 
 def check_output(module: nn.Module, output: Any, x: Array) -> None:
