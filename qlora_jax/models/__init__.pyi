@@ -11,6 +11,8 @@ from .config import computed_fields as computed_fields
 from .config import read_changes as read_changes
 from .config import undo_changes as undo_changes
 from .config_notes import unread_fields as unread_fields
+from .context import divide_tokens as divide_tokens
+from .context import row_index as row_index
 from .layers import Compute as Compute
 from .layers import mlp_chunks as mlp_chunks
 from .layers import mlp_tokens as mlp_tokens

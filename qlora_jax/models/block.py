@@ -226,7 +226,7 @@ class Block(nn.Module):
         norm = norm.function(features)
         # Unpacked before the loop, in which every chunk would dequantize it again.
         update = mlp.function(features, unpack=True)
-        return map_chunks(lambda x, chunk: x + after(update(norm(x), chunk)), x, chunks)
+        return map_chunks(lambda x, index: x + after(update(norm(x), index)), x, chunks)
 
 
 class Attention(nn.Module):
@@ -486,9 +486,9 @@ class MLP(nn.Module):
           unpack: dequantize packed weights now instead of with every call.
 
         Returns:
-          (x [..., D], index of the chunk or None) -> update [..., D]. With `norm`, from
+          (x [..., D], index or None) -> update [..., D]. With `norm`, from
           `RMSNorm.function`, it is applied to x first, and x is returned as well, for
-          the residual connection.
+          the residual connection. `index` is as `map_chunks` gives it.
         """
         c = self.config
 
@@ -509,23 +509,22 @@ class MLP(nn.Module):
         activation = _ACTIVATIONS[c.hidden_act]
         down_proj = projection("down_proj", c.intermediate_size, in_features)
 
-        def of_chunk(
-            layers: Mapping[str, partial[Array]], chunk: Array | None
+        def of_tokens(
+            layers: Mapping[str, partial[Array]], index: Callable[[], Array] | None
         ) -> Mapping[str, partial[Array]]:
-            if chunk is None:
+            if index is None:
                 return layers
             chosen = {}
             for name, layer in layers.items():
                 adapter = layer.keywords["adapter"]
                 if adapter.key is not None:
                     # Otherwise all chunks would have the same dropout mask.
-                    key = jax.random.fold_in(adapter.key, chunk)
-                    adapter = adapter._replace(key=key)
+                    adapter = adapter._replace(index=index())
                 chosen[name] = partial(layer, adapter=adapter)
             return chosen
 
-        def mlp(x: Array, chunk: Array | None = None, norm: Any = None) -> Any:
-            layers = of_chunk(inner, chunk)
+        def mlp(x: Array, index: Any = None, norm: Any = None) -> Any:
+            layers = of_tokens(inner, index)
             if norm is not None and self._gates(x, layers, down_proj):
                 with jax.named_scope("_".join([*layers, "down_proj"])):
                     return gated_linears(
@@ -545,7 +544,7 @@ class MLP(nn.Module):
             # The exponential in float32: bf16 exp is less accurate and no faster.
             h = activation(gate.astype(jnp.float32)) * up.astype(jnp.float32)
             h = h.astype(x.dtype)
-            layers = of_chunk({"down_proj": down_proj}, chunk)
+            layers = of_tokens({"down_proj": down_proj}, index)
             (update,) = apply_linears(h, layers, self.compute)
             return update if norm is None else (update, x)
 
