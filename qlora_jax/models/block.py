@@ -38,7 +38,6 @@ from qlora_jax.models.layers import (
     Compute,
     Linear,
     RMSNorm,
-    check_output,
     map_chunks,
     mlp_chunks,
     mlp_tokens,
@@ -227,6 +226,22 @@ class Block(nn.Module):
         # Unpacked before the loop, in which every chunk would dequantize it again.
         update = mlp.function(features, unpack=True)
         return map_chunks(lambda x, index: x + after(update(norm(x), index)), x, chunks)
+
+
+def check_output(module: nn.Module, output: Any, x: Array) -> None:
+    """Raises if the output of a custom module cannot be added to its input.
+
+    Otherwise the scan over the layers fails, with a message about its carry.
+
+    Raises:
+      UserError: another shape or dtype.
+    """
+    if (output.shape, output.dtype) != (x.shape, x.dtype):
+        raise UserError(
+            f"`{type(module).__name__}` returns {output.dtype}{list(output.shape)} for "
+            f"an input of {x.dtype}{list(x.shape)}. Return the input's shape, in its "
+            "dtype (`.astype(x.dtype)`); a product with a float32 array is float32."
+        )
 
 
 class Attention(nn.Module):

@@ -25,6 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from pallas_kernels.attention.context import chunk_order
+from qlora_jax.models.sharding import ROWS
 
 AXIS = "context"
 
@@ -37,7 +38,7 @@ def row_devices() -> int:
 def row_axes() -> tuple[str, ...]:
     """Returns the axes of the mesh that divide the rows of a batch."""
     mesh = jax.sharding.get_abstract_mesh()
-    return tuple(name for name in ("data", "fsdp") if name in mesh.shape)
+    return tuple(name for name in ROWS if name in mesh.shape)
 
 
 def divide_tokens(x: Any, fill: int = 0) -> Any:

@@ -594,19 +594,3 @@ def map_chunks(
     parts = cut_chunks(padded, chunks)
     _, out = jax.lax.scan(step, None, (parts, jnp.arange(chunks)))
     return join_chunks(out, length)
-
-
-def check_output(module: nn.Module, output: Any, x: Array) -> None:
-    """Raises if the output of a custom module cannot be added to its input.
-
-    Otherwise the scan over the layers fails, with a message about its carry.
-
-    Raises:
-      UserError: another shape or dtype.
-    """
-    if (output.shape, output.dtype) != (x.shape, x.dtype):
-        raise UserError(
-            f"`{type(module).__name__}` returns {output.dtype}{list(output.shape)} for "
-            f"an input of {x.dtype}{list(x.shape)}. Return the input's shape, in its "
-            "dtype (`.astype(x.dtype)`); a product with a float32 array is float32."
-        )

@@ -6,27 +6,31 @@ JAX counts its devices once, so this cannot be a part of the tests' process.
 """
 
 import dataclasses
-import functools
 import json
 import sys
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
+from pallas_kernels.attention import context
+from pallas_kernels.attention.context import divided_attention
+from pallas_kernels.attention.variant import PLAIN, Variant
+from pallas_kernels.attention.xla import blockwise_attention
 from qlora_jax.data.encoding import IGNORE
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.models import layers, sharding
+from qlora_jax.models.context import divide_tokens, join_tokens
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.llama import Llama
-from qlora_jax.planning.hlo import collectives, parse
 from qlora_jax.training.step import eval_step, init_state, train_step
 from tests.models import reference
 
-LENGTH = 48
+LENGTH = 64
 STEPS = 3
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
 MISTRAL: dict[str, Any] = dict(
@@ -60,43 +64,45 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "context": Case({"context": 2}),
-    "four": Case({"context": 4}, packed=True),
-    "eight": Case({"context": 8}),
-    "data": Case({"data": 2, "context": 2}, packed=True),
-    "fsdp": Case({"fsdp": 2, "context": 2}),
-    "all": Case({"data": 2, "fsdp": 2, "context": 2}, packed=True),
-    "axes of one": Case({"data": 1, "fsdp": 1, "context": 4}),
-    "padded rows": Case({"context": 4}, length=45, lora={"lora_dropout": 0.3}),
-    "padded packed rows": Case({"context": 4}, length=45, packed=True, noise=5.0),
-    "window": Case({"context": 4}, model=MISTRAL),
-    "gemma2": Case({"data": 2, "context": 2}, model=GEMMA, packed=True),
-    "dropout": Case({"fsdp": 2, "context": 2}, lora={"lora_dropout": 0.3}),
-    "dropout in chunks": Case(
-        {"context": 2},
-        lora={"lora_dropout": 0.3},
-        compute={"remat": "full"},
-        mlp_tokens=10,
-    ),
-    "dropout of rows": Case({"data": 4}, lora={"lora_dropout": 0.3}, mlp_tokens=10),
-    "noise": Case({"data": 2, "context": 2}, noise=5.0, packed=True),
-    "micro-batches": Case(
-        {"fsdp": 2, "context": 2}, lora={"lora_dropout": 0.3}, micro_batches=2
-    ),
-    "remat none": Case({"context": 4}, compute={"remat": "none"}),
-    "save_matmuls": Case({"context": 4}, compute={"remat": "save_matmuls"}),
-    "save_attention": Case({"context": 4}, compute={"remat": "save_attention"}),
-    "offload": Case({"context": 4}, compute={"remat": "offload"}, mlp_tokens=16),
-    "unrolled": Case({"context": 4}, compute={"scan_layers": False}),
-    "dora": Case({"fsdp": 2, "context": 2}, lora={"use_dora": True}),
-    "embeddings": Case(
+    "one row of each device": Case({"context": 2}),
+    "packed": Case({"context": 4}, packed=True, compute={"remat": "none"}),
+    "axes of one": Case({"data": 1, "fsdp": 1, "context": 8}, model=MISTRAL),
+    "windows": Case({"data": 2, "context": 2}, model=GEMMA, packed=True),
+    "dora": Case(
         {"fsdp": 2, "context": 2},
+        lora={"use_dora": True, "lora_dropout": 0.3},
+        micro_batches=2,
+    ),
+    "embeddings": Case(
+        {"data": 2, "fsdp": 2, "context": 2},
         lora={"modules_to_save": ("embed_tokens", "lm_head")},
+        packed=True,
     ),
     "token rows": Case(
-        {"context": 4}, lora={"trainable_token_indices": (3, 7)}, packed=True
+        {"data": 2, "context": 2},
+        lora={"trainable_token_indices": (3, 7)},
+        compute={"remat": "save_attention", "lora_products": "joined"},
     ),
-    "joined": Case({"context": 4}, compute={"lora_products": "joined"}),
+    "padding": Case(
+        {"context": 4},
+        lora={"lora_dropout": 0.3},
+        length=45,
+        noise=5.0,
+        compute={"remat": "save_matmuls"},
+    ),
+    "packed padding": Case(
+        {"context": 4},
+        model=MISTRAL,
+        length=45,
+        packed=True,
+        noise=5.0,
+        compute={"scan_layers": False},
+    ),
+    "chunks": Case({"context": 2}, lora={"lora_dropout": 0.3}, mlp_tokens=40),
+    "chunks of rows": Case({"data": 4}, lora={"lora_dropout": 0.3}, mlp_tokens=10),
+    "offload": Case(
+        {"fsdp": 2, "context": 2}, compute={"remat": "offload"}, mlp_tokens=16
+    ),
 }
 
 
@@ -118,54 +124,44 @@ def batch_of(case: Case) -> dict[str, jax.Array]:
     return {name: jnp.asarray(value, jnp.int32) for name, value in batch.items()}
 
 
-def run(case: Case, mesh: Mesh | None) -> dict[str, Any]:
-    """Takes some steps; returns losses, norms and the trained tree."""
+def begin(case: Case) -> tuple[Llama, Any]:
+    """Returns the model, and the adapters before the first step."""
     config = dataclasses.replace(reference.CONFIG, **case.model)
     lora = dataclasses.replace(LORA, **case.lora)
     model = Llama(config, Compute(**{"dtype": "float32", **case.compute}, lora=lora))
+    return model, reference.adapters(lora, config)
+
+
+def run(case: Case, mesh: Mesh | None) -> dict[str, Any]:
+    """Takes some steps; returns losses, norms, trained arrays and the program."""
+    model, adapters = begin(case)
     optimizer = optax.sgd(0.05)
-    state = init_state(
-        reference.adapters(lora, config), optimizer, jax.random.key(0)
-    )
-    arguments = (state, reference.base(config, packed=True), batch_of(case))
-    step = functools.partial(
+    step = partial(
         train_step, model=model, optimizer=optimizer, neftune_noise_alpha=case.noise
     )
-    evaluate = functools.partial(eval_step, model=model)
+    arguments: Any = (
+        init_state(adapters, optimizer, jax.random.key(0)),
+        reference.base(model.config, packed=True),
+        batch_of(case),
+    )
     if mesh is not None:
-        placed = sharding.shard_step(arguments, mesh)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, placed)
+        shardings = jax.tree.map(
+            lambda leaf: leaf.sharding, sharding.shard_step(arguments, mesh)
+        )
         arguments = jax.device_put(arguments, shardings)
-        step, evaluate = (_under(mesh, f) for f in (step, evaluate))
     state, base, batch = arguments
-    jitted = jax.jit(step)
-    program = jitted.lower(*arguments).compile()
-    losses, norms = [], []
+    with sharding.traced_on(mesh):
+        program = jax.jit(step).lower(state, base, batch).compile()
+        first = jax.tree.map(lambda a: a[0], batch)
+        evaluate = jax.jit(partial(eval_step, model=model))
+        evaluated, _ = evaluate(state.adapters, base, first)
+    results = {"losses": [], "norms": [], "evaluated": [float(evaluated)]}
     for _ in range(STEPS):
         state, metrics = program(state, base, batch)
-        losses.append(float(metrics["loss"]))
-        norms.append(float(metrics["grad_norm"]))
-    total, _ = jax.jit(evaluate)(
-        state.adapters, base, jax.tree.map(lambda a: a[0], batch)
-    )
-    return {
-        "losses": losses,
-        "norms": norms,
-        "eval": float(total),
-        "adapters": {
-            jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(state.adapters)
-        },
-        "text": program.as_text(),
-    }
-
-
-def _under(mesh: Mesh, function: Any) -> Any:
-    def traced(*arguments: Any) -> Any:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return function(*arguments)
-
-    return traced
+        results["losses"].append(float(metrics["loss"]))
+        results["norms"].append(float(metrics["grad_norm"]))
+    trained = jax.tree.leaves(jax.tree.map(np.asarray, state.adapters))
+    return {**results, "trained": trained, "program": program.as_text()}
 
 
 def mesh_of(shape: dict[str, int]) -> Mesh:
@@ -175,50 +171,89 @@ def mesh_of(shape: dict[str, int]) -> Mesh:
 
 
 def compare(case: Case) -> dict[str, Any]:
-    """Returns the largest relative differences, and the collectives of the mesh."""
+    """Returns the largest relative differences, and the program of the mesh."""
     alone, divided = run(case, None), run(case, mesh_of(case.mesh))
-
-    def worst(name: str) -> float:
-        one, other = (np.asarray(r[name]) for r in (alone, divided))
-        return float(np.max(np.abs(other / one - 1)))
-
-    start = reference.adapters(
-        dataclasses.replace(LORA, **case.lora),
-        dataclasses.replace(reference.CONFIG, **case.model),
+    results: dict[str, Any] = {"program": divided["program"]}
+    for name in ("losses", "norms", "evaluated"):
+        one, other = np.asarray(alone[name]), np.asarray(divided[name])
+        results[name] = float(np.max(np.abs(other / one - 1)))
+    begun = [np.asarray(leaf) for leaf in jax.tree.leaves(begin(case)[1])]
+    results["trained"] = max(
+        float(np.linalg.norm((b - a).ravel()) / np.linalg.norm((a - start).ravel()))
+        for a, b, start in zip(alone["trained"], divided["trained"], begun, strict=True)
     )
-    begun = {
-        jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(start)
-    }
-    moved = {}
-    for path, leaf in alone["adapters"].items():
-        size = np.linalg.norm((leaf - begun[path]).ravel())
-        moved[path] = float(
-            np.linalg.norm((divided["adapters"][path] - leaf).ravel()) / size
+    return results
+
+
+class Rows(NamedTuple):
+    """Queries, keys and values of rows that devices share."""
+
+    devices: int
+    length: int
+    variant: Variant = PLAIN
+    choice: int | None = None
+    packed: bool = False
+
+
+ATTENTION = {
+    # Chunks of several blocks, the last of them in part padding.
+    "plain": Rows(4, 512),
+    "window": Rows(4, 1000, Variant(windows=(37,)), packed=True),
+    "cap": Rows(2, 332, Variant(softcap=3.0), packed=True),
+    "no window": Rows(2, 332, Variant(scale=0.1, windows=(40, None)), choice=1),
+    "longer than a chunk": Rows(4, 520, Variant(windows=(300, 90)), choice=0),
+}
+
+
+def attend(case: Rows) -> list[float]:
+    """Returns the largest differences of output and gradients to whole rows."""
+    rng = np.random.default_rng(0)
+
+    def random(heads: int) -> jax.Array:
+        shape = (2, case.length, heads, 8)
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    arrays = (random(4), random(2), random(2), random(4))
+    segments = None
+    if case.packed:
+        ids = np.sort(rng.integers(0, 4, (2, case.length)), axis=1)
+        segments = jnp.asarray(ids, jnp.int32)
+    choice = None if case.choice is None else jnp.asarray(case.choice)
+
+    def derive(attention: Any, q: Any, k: Any, v: Any, dout: Any, ids: Any) -> tuple:
+        out, pullback = jax.vjp(
+            lambda *qkv: attention(*qkv, ids, case.variant, choice), q, k, v
         )
-    return {
-        **{name: worst(name) for name in ("losses", "norms", "eval")},
-        "adapters": max(moved.values()),
-        "collectives": collectives(parse(divided["text"])),
-        "text": divided["text"],
-        "loss": alone["losses"],
-    }
+        return out, *pullback(dout)
+
+    whole = jax.jit(partial(derive, blockwise_attention))(*arrays, segments)
+
+    def divided(*given: Any) -> Any:
+        *qkv, ids = (divide_tokens(a) for a in given)
+        attention = partial(divided_attention, row_axes=("data",))
+        return [join_tokens(a, case.length) for a in derive(attention, *qkv, ids)]
+
+    with sharding.traced_on(mesh_of({"data": 2, "context": case.devices})):
+        parts = jax.jit(divided)(*arrays, segments)
+    return [float(jnp.abs(a - b).max()) for a, b in zip(whole, parts, strict=True)]
 
 
 def main() -> None:
     """Writes the results of the named cases, or of all, as JSON."""
     out, names = sys.argv[1], sys.argv[2:] or list(CASES)
-    # What a small model has is not small here.
-    setattr(sharding, "_SMALL_BYTES", 0)
-    results = {}
+    results: dict[str, Any] = {"steps": {}, "attention": {}}
+    # Blocks of a few tokens, and windows in yet smaller ones: chunks of several.
+    context.block_sizes = lambda _: (16, 16)
+    context.block_under = lambda window, block, _: block if window is None else 8
+    for name in [*ATTENTION]:
+        results["attention"][name] = attend(ATTENTION[name])
+        print(name, results["attention"][name], flush=True)
     for name in names:
         case = CASES[name]
         tokens = case.mlp_tokens
-        limits = dict.fromkeys(("full", "offload"), tokens) if tokens else {}
-        before, layers._MLP_TOKENS = layers._MLP_TOKENS, limits  # noqa: SLF001
-        results[name] = compare(case)
-        layers._MLP_TOKENS = before
-        shown = {k: v for k, v in results[name].items() if k != "text"}
+        layers._MLP_TOKENS = {"full": tokens, "offload": tokens} if tokens else {}
+        results["steps"][name] = compare(case)
+        shown = {k: v for k, v in results["steps"][name].items() if k != "program"}
         print(name, shown, flush=True)
     with open(out, "w") as file:
         json.dump(results, file)
