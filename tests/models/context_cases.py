@@ -65,7 +65,8 @@ class Case(NamedTuple):
 
 CASES = {
     "one row of each device": Case({"context": 2}),
-    "packed": Case({"context": 4}, packed=True, compute={"remat": "none"}),
+    # A length that no width of the model has.
+    "packed": Case({"context": 4}, packed=True, length=128, compute={"remat": "none"}),
     "axes of one": Case({"data": 1, "fsdp": 1, "context": 8}, model=MISTRAL),
     "windows": Case({"data": 2, "context": 2}, model=GEMMA, packed=True),
     "dora": Case(
