@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.variant import Variant
+from qlora_jax.errors import UserError
 from qlora_jax.models.attention import (
     attention,
     causal_mask,

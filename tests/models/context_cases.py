@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels.attention import context
 from pallas_kernels.attention.context import divided_attention
@@ -221,7 +221,8 @@ def attend(case: Rows) -> list[float]:
         segments = jnp.asarray(ids, jnp.int32)
     choice = None if case.choice is None else jnp.asarray(case.choice)
 
-    def derive(attention: Any, q: Any, k: Any, v: Any, dout: Any, ids: Any) -> tuple:
+    def derive(attention: Any, *given: Any) -> tuple:
+        q, k, v, dout, ids = given
         out, pullback = jax.vjp(
             lambda *qkv: attention(*qkv, ids, case.variant, choice), q, k, v
         )
@@ -230,12 +231,14 @@ def attend(case: Rows) -> list[float]:
     whole = jax.jit(partial(derive, blockwise_attention))(*arrays, segments)
 
     def divided(*given: Any) -> Any:
-        *qkv, ids = (divide_tokens(a) for a in given)
         attention = partial(divided_attention, row_axes=("data",))
-        return [join_tokens(a, case.length) for a in derive(attention, *qkv, ids)]
+        results = derive(attention, *(divide_tokens(array) for array in given))
+        return [join_tokens(array, case.length) for array in results]
 
-    with sharding.traced_on(mesh_of({"data": 2, "context": case.devices})):
-        parts = jax.jit(divided)(*arrays, segments)
+    mesh = mesh_of({"data": 2, "context": case.devices})
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    with sharding.traced_on(mesh):
+        parts = jax.jit(divided)(*jax.device_put((*arrays, segments), rows))
     return [float(jnp.abs(a - b).max()) for a, b in zip(whole, parts, strict=True)]
 
 
