@@ -255,7 +255,7 @@ class LlamaModel(nn.Module):
     def __call__(
         self,
         tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"] | None,
+        positions: Int[Array, "#B T"] | None,
         segments: Int[Array, "B T"] | None,
         cache: Cache | None,
         noise: Float32[Array, "B T D"] | None = None,
