@@ -98,18 +98,19 @@ def blockwise_attention(
 
         return attend
 
+    cpu, default = block_sizes(q)
+    return jax.lax.platform_dependent(
+        q, k, v, *traced, cpu=in_blocks_of(cpu), default=in_blocks_of(default)
+    )
+
+
+def block_sizes(q: Float[Array, "B T N H"]) -> tuple[int, int]:
+    """Returns the side of the blocks on a CPU, and on other devices."""
     # Scores of one block pair: 2^25 of them in float32 are 134 MB. A GPU wants few and
     # large steps, a CPU blocks that stay in its cache.
     side = math.isqrt(2**25 // (q.shape[0] * q.shape[2]))
     power_of_two = 1 << side.bit_length() - 1
-    return jax.lax.platform_dependent(
-        q,
-        k,
-        v,
-        *traced,
-        cpu=in_blocks_of(256),
-        default=in_blocks_of(min(max(power_of_two, 128), 1024)),
-    )
+    return 256, min(max(power_of_two, 128), 1024)
 
 
 def _in_blocks(
@@ -142,7 +143,7 @@ def _rows(
     a: Float[Array, "B T NH"], i: Array, block: int, heads: tuple[int, ...]
 ) -> Array:
     """Returns block i of the tokens, heads first: [B, *heads, block, H]."""
-    rows = _slice(a, i, block)
+    rows = slice_block(a, i, block)
     rows = rows.reshape(*rows.shape[:2], *heads, -1)
     # [B, block, *heads, H] -> [B, *heads, block, H]
     return jnp.moveaxis(rows, 1, -2)
@@ -155,7 +156,8 @@ def _put_rows(a: Float[Array, "B T NH"], rows: Array, i: Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(a, rows, i * rows.shape[1], 1)
 
 
-def _slice(a: Array, i: Array, block: int, axis: int = 1) -> Array:
+def slice_block(a: Array, i: Array, block: int, axis: int = 1) -> Array:
+    """Returns block i of an axis, by default that of the tokens."""
     return jax.lax.dynamic_slice_in_dim(a, i * block, block, axis)
 
 
@@ -169,55 +171,89 @@ def _product(equation: str, a: Array, b: Array) -> Float32[Array, "..."]:
     )
 
 
-def _visible(
-    segments: Array | None, i: Array, j: Array, block: int, window: int | None
-) -> Bool[Array, "B t s"]:
-    """Returns the keys of block j that each query of block i sees.
+class Layout:
+    """Which blocks a loop visits, and where they are: a row in order, all of it here.
 
-    [1, t, s] without segments.
+    `block`, in every method, is the number of tokens of a block.
     """
-    rows = i * block + jnp.arange(block)
-    columns = j * block + jnp.arange(block)
-    causal = (rows[:, None] >= columns[None, :])[None]
-    if window is not None:
-        causal = causal & (rows[:, None] - columns[None, :] < window)[None]
-    if segments is None:
-        return causal
-    q_segments = _slice(segments, i, block)
-    k_segments = _slice(segments, j, block)
-    return causal & (q_segments[:, :, None] == k_segments[:, None, :])
+
+    def pairs(
+        self, blocks: int, block: int, window: int | None, q: Array
+    ) -> tuple[Array, Array]:
+        """Returns query and key block of every pair that is visited, by rows.
+
+        That is on or below the diagonal, and within the window of a query of the block.
+
+        Args:
+          blocks: of queries.
+          block: tokens of a block.
+          window: of the layer.
+          q: queries; ties the result to the loop.
+        """
+        # One loop over a known number of pairs: with a trip count that depends on the
+        # row, a GPU would have to ask the host after every one.
+        i, j = np.tril_indices(blocks)
+        if window is not None:
+            inside = j >= self.first_key(i, block, window)
+            i, j = i[inside], j[inside]
+        return tie((jnp.asarray(i, jnp.int32), jnp.asarray(j, jnp.int32)), q)
+
+    def first_key(self, i: Any, block: int, window: int | None) -> Any:
+        """Returns the first key block that the queries of block i see."""
+        if window is None:
+            return 0
+        # The first query, at i * block, sees window - 1 keys before itself.
+        first = (i * block - window + 1) // block
+        if isinstance(i, jax.Array):
+            return jnp.maximum(first, 0)
+        return np.maximum(first, 0)
+
+    def key_place(self, j: Array, block: int) -> Array:
+        """Returns which block of the arrays of keys and values key block j is."""
+        del block
+        return j
+
+    def visible(
+        self, segments: Array | None, i: Array, j: Array, block: int, window: int | None
+    ) -> Bool[Array, "B t s"]:
+        """Returns the keys of block j that each query of block i sees.
+
+        [1, t, s] without segments.
+        """
+        rows = i * block + jnp.arange(block)
+        columns = j * block + jnp.arange(block)
+        seen = see(rows, columns, window)
+        if segments is None:
+            return seen
+        q_segments = slice_block(segments, i, block)
+        k_segments = slice_block(segments, j, block)
+        return seen & (q_segments[:, :, None] == k_segments[:, None, :])
 
 
-def _pairs(
-    blocks: int, block: int, window: int | None, q: Array
-) -> tuple[Array, Array]:
-    """Returns query and key block of every pair that is visited, by rows.
+def tie(pairs: tuple[Array, Array], q: Array) -> tuple[Array, Array]:
+    """Returns the pairs as values that depend on the queries.
 
-    That is on or below the diagonal, and within the window of a query of the block.
+    Without the barrier they are constants to the derivative of a scan over layers,
+    which then computes the masks of all pairs ahead of the loop and holds them: memory
+    that grows with the square of the length.
     """
-    # One loop over a known number of pairs: with a trip count that depends on the row,
-    # a GPU would have to ask the host after every one.
-    i, j = np.tril_indices(blocks)
-    if window is not None:
-        inside = j >= _first_block(i, block, window)
-        i, j = i[inside], j[inside]
-    pairs = jnp.asarray(i, jnp.int32), jnp.asarray(j, jnp.int32)
-    # The barrier ties the indices to `q`. Without it they are constants to the
-    # derivative of a scan over layers, which then computes the masks of all pairs ahead
-    # of the loop and holds them: memory that grows with the square of the length.
     return jax.lax.optimization_barrier((pairs, q))[0]
 
 
-def _first_block(i: Any, block: int, window: int | None) -> Any:
-    """Returns the first key block that the queries of block i see."""
-    if window is None:
-        return 0
-    # The first query, at i * block, sees window - 1 keys before itself.
-    first = (i * block - window + 1) // block
-    return jnp.maximum(first, 0) if isinstance(i, jax.Array) else np.maximum(first, 0)
+def see(
+    rows: Int[Array, " t"], columns: Int[Array, " s"], window: int | None
+) -> Bool[Array, "1 t s"]:
+    """Returns which keys, by their index in the row, each query sees."""
+    causal = (rows[:, None] >= columns[None, :])[None]
+    if window is not None:
+        causal = causal & (rows[:, None] - columns[None, :] < window)[None]
+    return causal
 
 
-def _block_under(window: int | None, block: int, q: Float[Array, "B T N H"]) -> int:
+WHOLE = Layout()
+
+
+def block_under(window: int | None, block: int, q: Float[Array, "B T N H"]) -> int:
     """Returns the side of the blocks that a window is covered with.
 
     A block of queries visits the keys of a window and of about another block, so blocks
@@ -235,7 +271,7 @@ def _block_under(window: int | None, block: int, q: Float[Array, "B T N H"]) -> 
     return block
 
 
-def _by_window(
+def by_window(
     variant: Variant, choice: Array | None, function: Callable, *arrays: Array
 ) -> Any:
     """Calls function(window, *arrays) with the window of the layer.
@@ -276,12 +312,12 @@ def _flash_fwd(
     groups, width = k.shape[2:]
 
     def forward(window: int | None, *arrays: Array) -> tuple[Array, Array]:
-        side = _block_under(window, block, q)
-        return _forward(side, variant, window, groups, width, *arrays)
+        side = block_under(window, block, q)
+        return forward_blocks(side, variant, window, groups, width, *arrays)
 
-    arrays = _flat(q, k, v)
+    arrays = flat(q, k, v)
     arrays = arrays if segments is None else (*arrays, segments)
-    out, lse = _by_window(variant, choice, forward, *arrays)
+    out, lse = by_window(variant, choice, forward, *arrays)
     out = out.reshape(q.shape)
     # Both have names: a policy that kept the output alone would have to run the whole
     # forward pass again for the log-sum-exp.
@@ -290,30 +326,47 @@ def _flash_fwd(
     return out, (q, k, v, segments, choice, out, lse)
 
 
-def _flat(*arrays: Float[Array, "B T _ H"]) -> tuple[Float[Array, "B T _"], ...]:
+def flat(*arrays: Float[Array, "B T _ H"]) -> tuple[Float[Array, "B T _"], ...]:
     """Joins heads and their widths: the layout of the layers around.
 
     Of arrays with an axis of heads XLA may choose another one where they enter a branch
-    (`_by_window`), and copy them on the way in and out.
+    (`by_window`), and copy them on the way in and out.
     """
     return tuple(a.reshape(*a.shape[:2], -1) for a in arrays)
 
 
-def _forward(
+def forward_blocks(
     block: int,
     variant: Variant,
     window: int | None,
     groups: int,
     width: int,
     q: Float[Array, "B T NH"],
-    k: Float[Array, "B T KH"],
-    v: Float[Array, "B T KH"],
+    k: Float[Array, "B S KH"],
+    v: Float[Array, "B S KH"],
     segments: Array | None = None,
+    *,
+    layout: Layout = WHOLE,
 ) -> tuple[Float[Array, "B T NH"], Float32[Array, "B K G T"]]:
     """Goes over the visible key blocks j <= i for each query block i.
 
     Arrays keep the layout of the layers around, [B, T, heads * H], and only blocks are
     rearranged: then what the backward pass needs is held once for them and for us.
+
+    Args:
+      block: tokens of a block, which divides T and S.
+      variant: scale and soft cap.
+      window: of this layer.
+      groups: K.
+      width: H.
+      q: queries.
+      k: keys; S == T unless `layout` says otherwise.
+      v: values.
+      segments: of all keys.
+      layout: which blocks are visited, and where they are.
+
+    Returns:
+      The output, and the log-sum-exp of every query's scores.
     """
     batch, length = q.shape[:2]
     scale, cap = variant.scale_of(width), variant.softcap
@@ -325,17 +378,18 @@ def _forward(
         i, j = ij
         # A row begins. Its running maximum starts below a masked score, so that the
         # first visible score wipes out what came of masked ones.
-        begins = j == _first_block(i, block, window)
+        begins = j == layout.first_key(i, block, window)
         top = jnp.where(begins, 2 * _MASKED, top)
         total = jnp.where(begins, 0.0, total)
         acc = jnp.where(begins, 0.0, acc)
         q_i = _rows(q, i, block, grouped)
-        k_j, v_j = (_rows(a, j, block, (groups,)) for a in (k, v))
+        at = layout.key_place(j, block)
+        k_j, v_j = (_rows(a, at, block, (groups,)) for a in (k, v))
         # [B, K, G, t, s]: the scores of one pair of blocks are all that is in memory.
         scores = _product("bkgth,bksh->bkgts", q_i, k_j) * scale
         if cap is not None:
             scores = cap * jnp.tanh(scores / cap)
-        visible = _visible(segments, i, j, block, window)
+        visible = layout.visible(segments, i, j, block, window)
         scores = jnp.where(visible[:, None, None], scores, _MASKED)
         # With m the running maximum, l the sum of exponentials, o the output times l:
         #   m' = max(m, max s),  l' = l e^(m - m') + sum e^(s - m'),
@@ -362,7 +416,7 @@ def _forward(
         jnp.zeros_like(q),
         jnp.zeros((*rows_shape[:3], length), jnp.float32),
     )
-    pairs = _pairs(length // block, block, window, q)
+    pairs = layout.pairs(length // block, block, window, q)
     (_, _, _, out, lse), _ = jax.lax.scan(pair, start, pairs)
     return out, lse
 
@@ -373,12 +427,12 @@ def _flash_bwd(block: int, variant: Variant, residuals: tuple, dout: Array) -> t
     groups, width = k.shape[2:]
 
     def backward(window: int | None, *arrays: Array) -> tuple[Array, Array, Array]:
-        side = _block_under(window, block, q)
-        return _backward(side, variant, window, groups, width, *arrays)
+        side = block_under(window, block, q)
+        return backward_blocks(side, variant, window, groups, width, *arrays)
 
-    arrays = (*_flat(q, k, v, out, dout), lse)
+    arrays = (*flat(q, k, v, out, dout), lse)
     arrays = arrays if segments is None else (*arrays, segments)
-    gradients = _by_window(variant, choice, backward, *arrays)
+    gradients = by_window(variant, choice, backward, *arrays)
     dq, dk, dv = (
         a.reshape(like.shape) for a, like in zip(gradients, (q, k, v), strict=True)
     )
@@ -386,21 +440,23 @@ def _flash_bwd(block: int, variant: Variant, residuals: tuple, dout: Array) -> t
     return dq, dk, dv, None, None
 
 
-def _backward(
+def backward_blocks(
     block: int,
     variant: Variant,
     window: int | None,
     groups: int,
     width: int,
     q: Float[Array, "B T NH"],
-    k: Float[Array, "B T KH"],
-    v: Float[Array, "B T KH"],
+    k: Float[Array, "B S KH"],
+    v: Float[Array, "B S KH"],
     out: Float[Array, "B T NH"],
     dout: Float[Array, "B T NH"],
     lse: Float32[Array, "B K G T"],
     segments: Array | None = None,
+    *,
+    layout: Layout = WHOLE,
 ) -> tuple[Array, Array, Array]:
-    """Recomputes each block's weights p = e^(s - lse).
+    """Recomputes each block's weights p = e^(s - lse); arguments as above.
 
     ds = p * (dout v^T - inner) with inner = sum(dout * out), which equals the sum over
     the keys of p * dp; then dq = ds k, dk = ds^T q and dv = p^T dout. Under a soft cap
@@ -418,11 +474,12 @@ def _backward(
         q_or_dq, dk, dv, q_i, dq_i = carry
         i, j = ij
         # Read once a row, before `_put_rows` writes the gradient over it.
-        begins = j == _first_block(i, block, window)
+        begins = j == layout.first_key(i, block, window)
         q_i = jnp.where(begins, _rows(q_or_dq, i, block, grouped), q_i)
         dout_i = _rows(dout, i, block, grouped)
-        lse_i, inner_i = _slice(lse, i, block, 3), _slice(inner, i, block, 3)
-        k_j, v_j = (_rows(a, j, block, (groups,)) for a in (k, v))
+        lse_i, inner_i = slice_block(lse, i, block, 3), slice_block(inner, i, block, 3)
+        at = layout.key_place(j, block)
+        k_j, v_j = (_rows(a, at, block, (groups,)) for a in (k, v))
         # Scores as [key, query]: two of the three products that follow then read
         # their operands in storage order, and only the third transposes.
         scores = _product("bksh,bkgth->bksgt", k_j, q_i) * scale
@@ -430,7 +487,7 @@ def _backward(
         if cap is not None:
             share = jnp.tanh(scores / cap)
             scores, slope = cap * share, scale * (1.0 - share * share)
-        visible = _visible(segments, i, j, block, window)
+        visible = layout.visible(segments, i, j, block, window)
         visible = visible.swapaxes(1, 2)[:, None, :, None]
         weights = jnp.exp(jnp.where(visible, scores, _MASKED) - lse_i[:, :, None])
         dweights = _product("bksh,bkgth->bksgt", v_j, dout_i)
@@ -445,8 +502,8 @@ def _backward(
         dq_i = jnp.where(begins, dq_ij, dq_i + dq_ij)
         return (
             _put_rows(q_or_dq, dq_i, i),
-            _put_rows(dk, _rows(dk, j, block, (groups,)) + dk_j, j),
-            _put_rows(dv, _rows(dv, j, block, (groups,)) + dv_j, j),
+            _put_rows(dk, _rows(dk, at, block, (groups,)) + dk_j, at),
+            _put_rows(dv, _rows(dv, at, block, (groups,)) + dv_j, at),
             q_i,
             dq_i,
         ), None
@@ -461,7 +518,7 @@ def _backward(
         jnp.zeros(rows_shape, q.dtype),
         jnp.zeros(rows_shape, jnp.float32),
     )
-    pairs = _pairs(length // block, block, window, q)
+    pairs = layout.pairs(length // block, block, window, q)
     (dq, dk, dv, _, _), _ = jax.lax.scan(pair, start, pairs)
     return dq, dk.astype(k.dtype), dv.astype(v.dtype)
 

@@ -4,6 +4,7 @@ from .combine import combine_adapters as combine_adapters
 from .config import LoraConfig as LoraConfig
 from .config import off_features as off_features
 from .config import refused_features as refused_features
+from .dropout import draw as draw
 from .functional import abstract_adapters as abstract_adapters
 from .functional import bind as bind
 from .init import CHANGEABLE_SETTINGS as CHANGEABLE_SETTINGS

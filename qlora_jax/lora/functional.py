@@ -39,6 +39,7 @@ from qlora_jax import nf4
 from qlora_jax import tree as trees
 from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
+from qlora_jax.lora.dropout import drop
 from qlora_jax.lora.targets import select
 from qlora_jax.nf4 import NF4Tensor
 from qlora_jax.tree import Path, Shape
@@ -106,6 +107,7 @@ def delta(
     *,
     dropout: float = 0.0,
     key: Array | None = None,
+    index: Int[Array, " T"] | None = None,
     saved: bool = False,
 ) -> Float[Array, "*B O"]:
     """Computes `scaling * (B (A dropout(x)) + lora_bias)` in the dtype of `x`.
@@ -120,6 +122,7 @@ def delta(
       scaling: factor of the update; with "rows" [N].
       dropout: probability of dropping an input element; 0 or no key = none.
       key: PRNG key for the dropout mask.
+      index: of the tokens of x in their rows, as `dropout.draw` takes it.
       saved: as `name_product` takes it.
 
     Returns:
@@ -130,9 +133,7 @@ def delta(
         than the batch.
     """
     if dropout > 0.0 and key is not None:
-        keep = jax.random.bernoulli(key, 1.0 - dropout, x.shape)
-        # Inverted dropout: the expectation is x, so evaluation needs no factor.
-        x = jnp.where(keep, x / (1.0 - dropout), jnp.zeros((), x.dtype))
+        x = drop(x, dropout, key, index)
     if "rows" in adapter:
         return _delta_by_row(x, adapter, jnp.asarray(scaling))
     refuse_stack(adapter["lora_A"])

@@ -11,6 +11,8 @@ from .config import computed_fields as computed_fields
 from .config import read_changes as read_changes
 from .config import undo_changes as undo_changes
 from .config_notes import unread_fields as unread_fields
+from .context import divide_tokens as divide_tokens
+from .context import row_index as row_index
 from .layers import Compute as Compute
 from .layers import mlp_chunks as mlp_chunks
 from .layers import mlp_tokens as mlp_tokens
@@ -29,12 +31,15 @@ from .rope_scaling import rope_value as rope_value
 from .sharding import AXES as AXES
 from .sharding import ROWS as ROWS
 from .sharding import check_mesh as check_mesh
+from .sharding import cut_chunks as cut_chunks
 from .sharding import divide_over_nodes as divide_over_nodes
 from .sharding import gather_shared as gather_shared
 from .sharding import is_on_host as is_on_host
 from .sharding import local_bytes as local_bytes
+from .sharding import local_shape as local_shape
 from .sharding import make_mesh as make_mesh
 from .sharding import on_device as on_device
+from .sharding import pad_chunks as pad_chunks
 from .sharding import put_base as put_base
 from .sharding import put_on_mesh as put_on_mesh
 from .sharding import shard_batch as shard_batch

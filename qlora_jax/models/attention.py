@@ -9,6 +9,9 @@ cap on them, and windows, which may differ from layer to layer.
   cudnn   NVIDIA's fused kernel through `jax.nn.dot_product_attention`.
   pallas  kernels for Hopper GPUs (`pallas_kernels.attention.forward`).
 
+Where the mesh of the trace has an axis "context", devices share the tokens of a row,
+and "xla" is the only implementation (`pallas_kernels.attention.context`).
+
 In all of them a query sees the keys at its own or an earlier index whose segment id
 equals its own. Padding is segment 0, documents of a packed row are 1, 2, ...; a padding
 mask is thus the case of a single document.
@@ -29,10 +32,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.attention import api as flash
+from pallas_kernels.attention.context import divided_attention
 from pallas_kernels.attention.variant import PLAIN, Variant
 from pallas_kernels.attention.xla import blockwise_attention
 from pallas_kernels.product import precision
 from qlora_jax.errors import UserError
+from qlora_jax.models.context import AXIS, row_axes, row_devices
 
 # Large and negative but finite: with -inf a row that sees nothing would be NaN.
 _MASKED = -1e30
@@ -68,10 +73,22 @@ def attention(
 
     Raises:
       UserError: the implementation cannot compute this here; with the reason.
+
+    Under a mesh with "context" the tokens are in the order of
+    `qlora_jax.models.context`.
     """
     variant = variant.for_length(q.shape[1])
     if len(variant.windows) == 1:
         choice = None
+    if row_devices() > 1:
+        refusal = context_refusal(implementation)
+        if refusal is not None:
+            raise UserError(refusal)
+        return divided_attention(
+            *(q, k, v, segment_ids, variant, choice),
+            axis=AXIS,
+            row_axes=row_axes(),
+        )
     if implementation == "auto":
         return _best_attention(q, k, v, segment_ids, variant, choice)
     if implementation == "eager":
@@ -104,6 +121,21 @@ def attention(
     raise UserError(
         f"attention={implementation!r} does not exist. Choose from 'auto', 'eager', "
         "'xla', 'cudnn', 'pallas'."
+    )
+
+
+def context_refusal(implementation: str) -> str | None:
+    """Returns why an implementation cannot divide the tokens of a row, or None.
+
+    Args:
+      implementation: as `attention` takes it.
+    """
+    if implementation in ("auto", "xla"):
+        return None
+    return (
+        f"attention={implementation!r} needs whole rows, and the mesh divides their "
+        "tokens over the devices of `context`. Use 'auto' or 'xla', or a mesh with "
+        "context = 1."
     )
 
 

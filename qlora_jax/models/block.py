@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.variant import Variant
+from qlora_jax.errors import UserError
 from qlora_jax.models.attention import (
     attention,
     causal_mask,
@@ -38,13 +39,13 @@ from qlora_jax.models.layers import (
     Compute,
     Linear,
     RMSNorm,
-    check_output,
     map_chunks,
     mlp_chunks,
     mlp_tokens,
     multiply,
 )
 from qlora_jax.models.rope import rope_table, rotate
+from qlora_jax.models.sharding import local_shape
 
 # What the backward pass keeps of a layer, by `Compute.remat`; it recomputes the rest.
 _ATTENTION = jax.checkpoint_policies.save_from_both_policies(
@@ -213,7 +214,7 @@ class Block(nn.Module):
         chunks = 1
         if training and type(mlp) is MLP:
             limit = mlp_tokens(self.config.intermediate_size, self.compute.remat)
-            chunks = mlp_chunks(x.shape[0], x.shape[1], limit)
+            chunks = mlp_chunks(*local_shape(*x.shape[:2]), limit)
         fuses = self.compute.fuses_norms or self.compute.fuses_activation
         if chunks == 1 and fuses and type(mlp) is MLP:
             update, x = mlp.function(features)(x, norm=norm.function(features))
@@ -225,7 +226,23 @@ class Block(nn.Module):
         norm = norm.function(features)
         # Unpacked before the loop, in which every chunk would dequantize it again.
         update = mlp.function(features, unpack=True)
-        return map_chunks(lambda x, chunk: x + after(update(norm(x), chunk)), x, chunks)
+        return map_chunks(lambda x, index: x + after(update(norm(x), index)), x, chunks)
+
+
+def check_output(module: nn.Module, output: Any, x: Array) -> None:
+    """Raises if the output of a custom module cannot be added to its input.
+
+    Otherwise the scan over the layers fails, with a message about its carry.
+
+    Raises:
+      UserError: another shape or dtype.
+    """
+    if (output.shape, output.dtype) != (x.shape, x.dtype):
+        raise UserError(
+            f"`{type(module).__name__}` returns {output.dtype}{list(output.shape)} for "
+            f"an input of {x.dtype}{list(x.shape)}. Return the input's shape, in its "
+            "dtype (`.astype(x.dtype)`); a product with a float32 array is float32."
+        )
 
 
 class Attention(nn.Module):
@@ -485,9 +502,9 @@ class MLP(nn.Module):
           unpack: dequantize packed weights now instead of with every call.
 
         Returns:
-          (x [..., D], index of the chunk or None) -> update [..., D]. With `norm`, from
+          (x [..., D], index or None) -> update [..., D]. With `norm`, from
           `RMSNorm.function`, it is applied to x first, and x is returned as well, for
-          the residual connection.
+          the residual connection. `index` is as `map_chunks` gives it.
         """
         c = self.config
 
@@ -508,23 +525,22 @@ class MLP(nn.Module):
         activation = _ACTIVATIONS[c.hidden_act]
         down_proj = projection("down_proj", c.intermediate_size, in_features)
 
-        def of_chunk(
-            layers: Mapping[str, partial[Array]], chunk: Array | None
+        def of_tokens(
+            layers: Mapping[str, partial[Array]], index: Callable[[], Array] | None
         ) -> Mapping[str, partial[Array]]:
-            if chunk is None:
+            if index is None:
                 return layers
             chosen = {}
             for name, layer in layers.items():
                 adapter = layer.keywords["adapter"]
                 if adapter.key is not None:
                     # Otherwise all chunks would have the same dropout mask.
-                    key = jax.random.fold_in(adapter.key, chunk)
-                    adapter = adapter._replace(key=key)
+                    adapter = adapter._replace(index=index())
                 chosen[name] = partial(layer, adapter=adapter)
             return chosen
 
-        def mlp(x: Array, chunk: Array | None = None, norm: Any = None) -> Any:
-            layers = of_chunk(inner, chunk)
+        def mlp(x: Array, index: Any = None, norm: Any = None) -> Any:
+            layers = of_tokens(inner, index)
             if norm is not None and self._gates(x, layers, down_proj):
                 with jax.named_scope("_".join([*layers, "down_proj"])):
                     return gated_linears(
@@ -544,7 +560,7 @@ class MLP(nn.Module):
             # The exponential in float32: bf16 exp is less accurate and no faster.
             h = activation(gate.astype(jnp.float32)) * up.astype(jnp.float32)
             h = h.astype(x.dtype)
-            layers = of_chunk({"down_proj": down_proj}, chunk)
+            layers = of_tokens({"down_proj": down_proj}, index)
             (update,) = apply_linears(h, layers, self.compute)
             return update if norm is None else (update, x)
 

@@ -32,7 +32,14 @@ from qlora_jax.choices import Attention, Dtype, Fusion, Kernels, LoraProducts, R
 from qlora_jax.errors import UserError
 from qlora_jax.lora import LoraConfig
 from qlora_jax.lora import functional as lora_lib
-from qlora_jax.models.sharding import gather_shared, on_device
+from qlora_jax.models.context import row_index
+from qlora_jax.models.sharding import (
+    cut_chunks,
+    gather_shared,
+    join_chunks,
+    on_device,
+    pad_chunks,
+)
 
 _LINEAR_ARRAYS = (
     "lora_A",
@@ -167,6 +174,9 @@ class ModuleAdapter(NamedTuple):
     """Rate of the dropout on the input of lora_A."""
     key: Array | None = None
     """PRNG key of the dropout; None = no dropout."""
+    index: Array | None = None
+    """[T], in their row, of the tokens of an input [B, T, I] that is a part of the
+    rows; None = an input of whole rows."""
 
 
 def linear(
@@ -201,7 +211,7 @@ def linear(
       [..., O] in `dtype`.
     """
     dtype = x.dtype if dtype is None else dtype
-    arrays, scaling, residual, dropout, key = adapter or ModuleAdapter({})
+    arrays, scaling, residual, dropout, key, index = adapter or ModuleAdapter({})
     y: Any  # type checkers do not see through `custom_vjp`
     if isinstance(weight, nf4.NF4Tensor):
         # Only x has a derivative: the packed weight is frozen.
@@ -221,8 +231,10 @@ def linear(
     if bias is not None and magnitude is None:
         y = y + _broadcast(bias, y)
     if "lora_A" in arrays:
+        if index is None and key is not None and x.ndim == 3:
+            index = row_index(x.shape[1])
         update = lora_lib.delta(
-            x, arrays, scaling, dropout=dropout, key=key, saved=saved
+            x, arrays, scaling, dropout=dropout, key=key, index=index, saved=saved
         )
         y = y + update.astype(dtype)
     # Named before DoRA's rescaling, whose derivative needs its input, not its output.
@@ -539,7 +551,13 @@ def mlp_tokens(intermediate_size: int, remat: str) -> int | None:
 
 
 def mlp_chunks(rows: int, length: int, limit: int | None) -> int:
-    """Returns the number of equal chunks of at most `limit` tokens each."""
+    """Returns the number of equal chunks of at most `limit` tokens each.
+
+    Args:
+      rows: on a device.
+      length: tokens of a row on a device.
+      limit: of `mlp_tokens`.
+    """
     if limit is None:
         return 1
     fewest = -(-rows * length // limit)
@@ -549,42 +567,30 @@ def mlp_chunks(rows: int, length: int, limit: int | None) -> int:
 
 
 def map_chunks(
-    function: Callable[[Array, Array], Array],
+    function: Callable[[Array, Callable[[], Array]], Array],
     x: Float[Array, "B T D"],
     chunks: int,
 ) -> Float[Array, "B T D"]:
-    """Applies (x, index of the chunk) -> y [..., D] chunk by chunk.
+    """Applies (x, index) -> y [..., D] chunk by chunk.
 
     The derivative of a chunk recomputes its inner results, so those of one chunk are
     all that is ever in memory. Arrays that `function` closes over are computed once. A
-    chunk is a part of every row, so devices that divide the rows stay independent.
+    chunk is a part of every row on each device, so devices stay independent.
+
+    Args:
+      function: `index()` is that of `ModuleAdapter`, of the tokens of a chunk.
+      x: rows.
+      chunks: their number.
     """
-    rows, length, features = x.shape
-    size = -(-length // chunks)
-    x = jnp.pad(x, ((0, 0), (0, chunks * size - length), (0, 0)))
+    length = x.shape[1]
+    padded = pad_chunks(x, chunks)
 
     # Inside a scan nothing can undo the recomputation; see `llama.LlamaModel`.
     @partial(jax.checkpoint, prevent_cse=False)
     def step(_: None, chunk: tuple[Array, Array]) -> tuple[None, Array]:
-        return None, function(*chunk)
+        part, number = chunk
+        return None, function(part, lambda: row_index(length, number, chunks))
 
-    # [B, n c, D] -> [n, B, c, D]: the scan goes over the leading axis.
-    parts = x.reshape(rows, chunks, size, features).swapaxes(0, 1)
+    parts = cut_chunks(padded, chunks)
     _, out = jax.lax.scan(step, None, (parts, jnp.arange(chunks)))
-    return out.swapaxes(0, 1).reshape(x.shape)[:, :length]
-
-
-def check_output(module: nn.Module, output: Any, x: Array) -> None:
-    """Raises if the output of a custom module cannot be added to its input.
-
-    Otherwise the scan over the layers fails, with a message about its carry.
-
-    Raises:
-      UserError: another shape or dtype.
-    """
-    if (output.shape, output.dtype) != (x.shape, x.dtype):
-        raise UserError(
-            f"`{type(module).__name__}` returns {output.dtype}{list(output.shape)} for "
-            f"an input of {x.dtype}{list(x.shape)}. Return the input's shape, in its "
-            "dtype (`.astype(x.dtype)`); a product with a float32 array is float32."
-        )
+    return join_chunks(out, length)

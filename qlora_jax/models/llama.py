@@ -35,6 +35,12 @@ from qlora_jax import tree as trees
 from qlora_jax.errors import UserError
 from qlora_jax.models.block import REMAT_POLICIES, Block, LayerKinds
 from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.context import (
+    divide,
+    divide_tokens,
+    join_tokens,
+    row_devices,
+)
 from qlora_jax.models.decode_layers import decode_layers, prepare
 from qlora_jax.models.layers import (
     Compute,
@@ -108,7 +114,7 @@ class Llama(nn.Module):
             positions=positions,
             segment_ids=segment_ids,
         )
-        return self.head(hidden)
+        return join_tokens(self.head(hidden), tokens.shape[1])
 
     def hidden_states(
         self,
@@ -122,8 +128,27 @@ class Llama(nn.Module):
         """Computes the normed output of the last layer.
 
         Arguments as for `__call__`; `noise` is added to the embeddings.
+
+        Where the mesh of the trace divides the tokens of a row ("context"), the result
+        is [B, S, D] in the order of `divide_tokens`, and `noise` must be. The other
+        arguments are in the order of the row.
+
+        Raises:
+          UserError: custom attention, under a mesh that divides the tokens of a row.
         """
         segments = _segments(attention_mask, segment_ids)
+        if row_devices() > 1:
+            if self.attention_cls is not None:
+                raise UserError(
+                    f"`attention_cls`={self.attention_cls.__name__}: custom attention "
+                    "needs whole rows in their order, and the mesh divides their "
+                    "tokens over the devices of `context`. Use a mesh with "
+                    "context = 1."
+                )
+            if positions is None:
+                positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+            tokens, positions = divide_tokens(tokens), divide_tokens(positions)
+            segments = divide_tokens(segments)
         return self.model(tokens, positions, segments, None, noise)[0]
 
     def head(self, hidden: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
@@ -159,7 +184,15 @@ class Llama(nn.Module):
 
         Returns:
           float32 logits after the last token, and the longer cache.
+
+        Raises:
+          UserError: the mesh of the trace divides the tokens of a row.
         """
+        if row_devices() > 1:
+            raise UserError(
+                "Generation needs whole rows, and the mesh divides their tokens over "
+                "the devices of `context`. Generate on a mesh without this axis."
+            )
         hidden, longer = self.model(
             tokens, positions, attention_mask.astype(jnp.int32), cache
         )
@@ -222,7 +255,7 @@ class LlamaModel(nn.Module):
     def __call__(
         self,
         tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"] | None,
+        positions: Int[Array, "#B T"] | None,
         segments: Int[Array, "B T"] | None,
         cache: Cache | None,
         noise: Float32[Array, "B T D"] | None = None,
@@ -318,6 +351,7 @@ class LlamaModel(nn.Module):
             x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
         if noise is not None:
             x = x + noise.astype(x.dtype)
+        x = divide(x)
         return multiply(x, self.config.embedding_multiplier)
 
 

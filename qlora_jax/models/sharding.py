@@ -30,6 +30,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -378,6 +379,77 @@ def gather_shared(tree: Any) -> Any:
     return jax.tree.map(
         lambda leaf: jax.lax.with_sharding_constraint(leaf, replicated), tree
     )
+
+
+def local_shape(rows: int, length: int) -> tuple[int, int]:
+    """Returns the rows and tokens of each row that a device of the mesh has.
+
+    Call it while a function is traced: what limits memory by a number of tokens counts
+    those of one device, not of all of them.
+
+    Args:
+      rows: of the batch, on all devices.
+      length: tokens of a row.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = math.prod(mesh.shape.get(name, 1) for name in ROWS)
+    return -(-rows // devices), -(-length // _row_parts())
+
+
+def _row_parts() -> int:
+    """Returns the number of devices that share a row."""
+    return jax.sharding.get_abstract_mesh().shape.get("context", 1)
+
+
+def pad_chunks(x: Array, chunks: int, fill: float = 0) -> Array:
+    """Pads rows [B, T, ...] so that `cut_chunks` can cut them.
+
+    Args:
+      x: B may be divided over "data" and "fsdp", T over "context".
+      chunks: their number.
+      fill: value of the padding, which is at the end of what each device has of a row.
+    """
+    rows, length, *features = x.shape
+    parts = _row_parts()
+    pad = -(length // parts) % chunks
+    widths = ((0, 0), (0, pad), *((0, 0),) * len(features))
+    if parts == 1:
+        return jnp.pad(x, widths, constant_values=fill)
+    x = x.reshape(rows, parts, length // parts, *features)
+    x = jnp.pad(x, ((0, 0), *widths), constant_values=fill)
+    return x.reshape(rows, length + parts * pad, *features)
+
+
+def cut_chunks(x: Array, chunks: int) -> Array:
+    """Cuts padded rows [B, T, ...] into chunks [n, B, c, ...], for a scan over n.
+
+    A chunk is a part of what each device has, so all devices work on every chunk.
+    """
+    rows, length, *features = x.shape
+    parts, size = _row_parts(), length // chunks
+    if parts == 1:
+        # [B, n c, ...] -> [n, B, c, ...]: the scan goes over the leading axis.
+        return x.reshape(rows, chunks, size, *features).swapaxes(0, 1)
+    # [B, p n c, ...] -> [n, B, p c, ...]: the parts of a row stay on their devices.
+    x = x.reshape(rows, parts, chunks, size // parts, *features)
+    return jnp.moveaxis(x, 2, 0).reshape(chunks, rows, size, *features)
+
+
+def join_chunks(chunks: Array, length: int) -> Array:
+    """Joins what `cut_chunks` cut into [B, T, ...], without the padding.
+
+    Args:
+      chunks: [n, B, c, ...].
+      length: T.
+    """
+    number, rows, size, *features = chunks.shape
+    parts = _row_parts()
+    if parts == 1:
+        x = chunks.swapaxes(0, 1).reshape(rows, number * size, *features)
+        return x[:, :length]
+    x = jnp.moveaxis(chunks.reshape(number, rows, parts, -1, *features), 0, 2)
+    x = x.reshape(rows, parts, number * size // parts, *features)
+    return x[:, :, : length // parts].reshape(rows, length, *features)
 
 
 def is_on_host(leaf: Any) -> bool:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
 from qlora_jax.data import IGNORE
+from qlora_jax.models import cut_chunks, divide_tokens, local_shape, pad_chunks
 
 # Float32 logits held at a time: 2^24 of them are 67 MB, small enough to be reused from
 # cache and page tables (on a CPU larger chunks are slower). Never fewer than 512
@@ -52,32 +53,29 @@ def cross_entropy_sum(
     Args:
       head: maps (head_params, [C, D]) to float32 logits [C, V].
       head_params: whatever `head` takes; gradients flow into its float leaves.
-      hidden: hidden states.
+      hidden: hidden states; in the order of `divide_tokens`, if the mesh of the trace
+        divides the tokens of a row.
       labels: token ids, -100 = not supervised, not shifted.
       vocab_size: V.
-      chunk: tokens at a time; default by `vocab_size`.
+      chunk: tokens at a time on a device; default by `vocab_size`.
 
     Returns:
       The sum; divide by `supervised_tokens` of the whole accumulation window.
     """
-    rows, length, features = hidden.shape
-    targets = shift_labels(labels)
+    targets = divide_tokens(shift_labels(labels), IGNORE)
     if chunk is None:
         chunk = max(_CHUNK_LOGITS // vocab_size, _MIN_CHUNK)
     # Equal chunks: 2,048 tokens at a limit of 2,000 become two of 1,024, not one of
-    # 2,000 and one of padding. Each is a part of every row: where devices share the
-    # rows, each works on its own.
+    # 2,000 and one of padding.
+    rows, length = local_shape(*hidden.shape[:2])
     chunks = min(-(-rows * length // chunk), length)
-    part = -(-length // chunks)
-    pad = chunks * part - length
-    hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
-    targets = jnp.pad(targets, ((0, 0), (0, pad)), constant_values=IGNORE)
+    hidden = pad_chunks(hidden, chunks)
+    targets = pad_chunks(targets, chunks, IGNORE)
     return _chunked(
         head,
         head_params,
-        # [B, n c, D] -> [n, B, c, D]: the scan goes over the leading axis.
-        hidden.reshape(rows, chunks, part, features).swapaxes(0, 1),
-        targets.reshape(rows, chunks, part).swapaxes(0, 1),
+        cut_chunks(hidden, chunks),
+        cut_chunks(targets, chunks),
     )
 
 

@@ -19,8 +19,14 @@ from jaxtyping import Array, Float32, Int
 
 from qlora_jax import nf4
 from qlora_jax.data import IGNORE
-from qlora_jax.lora import bind
-from qlora_jax.models import Llama, gather_shared, on_device
+from qlora_jax.lora import bind, draw
+from qlora_jax.models import (
+    Llama,
+    divide_tokens,
+    gather_shared,
+    on_device,
+    row_index,
+)
 from qlora_jax.nf4 import NF4Tensor
 from qlora_jax.training.loss import cross_entropy_sum, supervised_tokens
 
@@ -97,13 +103,17 @@ def embedding_noise(
       key: PRNG key.
       alpha: `neftune_noise_alpha`.
       features: D.
+
+    Returns:
+      Noise as `Llama.hidden_states` takes it: where the mesh of the trace divides the
+      tokens of a row, [B, S, D] in the order of `divide_tokens`.
     """
-    length = text_lengths(batch).astype(jnp.float32)
+    length = divide_tokens(text_lengths(batch), 1).astype(jnp.float32)
     # The noise on N D numbers then has the norm alpha / sqrt(3) for documents of every
     # length. transformers takes the padded length of the row for N.
     size = alpha / jnp.sqrt(length * features)
-    shape = (*batch["labels"].shape, features)
-    drawn = jax.random.uniform(key, shape, jnp.float32, -1.0, 1.0)
+    uniform = partial(jax.random.uniform, shape=(features,), minval=-1.0, maxval=1.0)
+    drawn = draw(uniform, key, length.shape, row_index(length.shape[1]))
     return drawn * size[..., None]
 
 

@@ -26,7 +26,7 @@ from pallas_kernels.attention.xla import blockwise_attention
 )
 def test_blocks_under_a_window_are_small_but_no_step_is(window, block, heads, expected):
     q = jnp.zeros((1, 1, heads, 1))
-    assert xla._block_under(window, block, q) == expected
+    assert xla.block_under(window, block, q) == expected
 
 
 @pytest.mark.parametrize("choice", [None, 0, 1])
@@ -51,7 +51,7 @@ def test_smaller_blocks_under_a_window_change_nothing(choice, inputs, monkeypatc
         used.append(block // 4 if window else block)
         return used[-1]
 
-    monkeypatch.setattr(xla, "_block_under", smaller)
+    monkeypatch.setattr(xla, "block_under", smaller)
     jax.clear_caches()  # of what was traced with larger blocks
     parts = gradient()
     assert {64} <= set(used) <= {64, 256}

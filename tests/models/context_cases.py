@@ -1,0 +1,267 @@
+"""Trains on one device and on meshes of virtual devices, in a process of its own.
+
+    python -m tests.models.context_cases OUT.json [CASE ...]
+
+JAX counts its devices once, so this cannot be a part of the tests' process.
+"""
+
+import dataclasses
+import json
+import sys
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pallas_kernels.attention import context
+from pallas_kernels.attention.context import divided_attention
+from pallas_kernels.attention.variant import PLAIN, Variant
+from pallas_kernels.attention.xla import blockwise_attention
+from qlora_jax.data.encoding import IGNORE
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.models import layers, sharding
+from qlora_jax.models.context import divide_tokens, join_tokens
+from qlora_jax.models.layers import Compute
+from qlora_jax.models.llama import Llama
+from qlora_jax.training.step import eval_step, init_state, train_step
+from tests.models import reference
+
+LENGTH = 64
+STEPS = 3
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+MISTRAL: dict[str, Any] = dict(
+    model_type="mistral", sliding_window=9, layer_types=("sliding_attention",) * 2
+)
+GEMMA: dict[str, Any] = dict(
+    model_type="gemma2",
+    sliding_window=7,
+    layer_types=("sliding_attention", "full_attention"),
+    attn_logit_softcapping=5.0,
+    final_logit_softcapping=9.0,
+    query_pre_attn_scalar=16,
+    tie_word_embeddings=True,
+    hidden_act="gelu_pytorch_tanh",
+)
+
+
+class Case(NamedTuple):
+    """A run, and the mesh that must repeat it."""
+
+    mesh: dict[str, int]
+    lora: dict[str, Any] = {}
+    model: dict[str, Any] = {}
+    compute: dict[str, Any] = {}
+    length: int = LENGTH
+    packed: bool = False
+    micro_batches: int = 1
+    noise: float | None = None
+    mlp_tokens: int | None = None
+    """Of a chunk of the MLP."""
+
+
+CASES = {
+    "one row of each device": Case({"context": 2}),
+    # A length that no width of the model has.
+    "packed": Case({"context": 4}, packed=True, length=128, compute={"remat": "none"}),
+    "axes of one": Case({"data": 1, "fsdp": 1, "context": 8}, model=MISTRAL),
+    "windows": Case({"data": 2, "context": 2}, model=GEMMA, packed=True),
+    "dora": Case(
+        {"fsdp": 2, "context": 2},
+        lora={"use_dora": True, "lora_dropout": 0.3},
+        micro_batches=2,
+    ),
+    "embeddings": Case(
+        {"data": 2, "fsdp": 2, "context": 2},
+        lora={"modules_to_save": ("embed_tokens", "lm_head")},
+        packed=True,
+    ),
+    "token rows": Case(
+        {"data": 2, "context": 2},
+        lora={"trainable_token_indices": (3, 7)},
+        compute={"remat": "save_attention", "lora_products": "joined"},
+    ),
+    "padding": Case(
+        {"context": 4},
+        lora={"lora_dropout": 0.3},
+        length=45,
+        noise=5.0,
+        compute={"remat": "save_matmuls"},
+    ),
+    "packed padding": Case(
+        {"context": 4},
+        model=MISTRAL,
+        length=45,
+        packed=True,
+        noise=5.0,
+        compute={"scan_layers": False},
+    ),
+    "chunks": Case({"context": 2}, lora={"lora_dropout": 0.3}, mlp_tokens=40),
+    "chunks of rows": Case({"data": 4}, lora={"lora_dropout": 0.3}, mlp_tokens=10),
+    "offload": Case(
+        {"fsdp": 2, "context": 2}, compute={"remat": "offload"}, mlp_tokens=16
+    ),
+}
+
+
+def batch_of(case: Case) -> dict[str, jax.Array]:
+    """Returns [A, B, T]: rows of their own lengths, or of several documents."""
+    rng = np.random.default_rng(0)
+    shape = (case.micro_batches, 4, case.length)
+    tokens = rng.integers(0, 61, shape)
+    start = rng.integers(0, case.length // 2, (*shape[:2], 1))
+    labels = np.where(np.arange(case.length) < start, IGNORE, tokens)
+    batch = {"tokens": tokens, "labels": labels}
+    if case.packed:
+        starts = rng.random(shape) < 0.1
+        segments = 1 + np.cumsum(starts, axis=-1)
+        first = np.maximum.accumulate(
+            np.where(starts, np.arange(case.length), 0), axis=-1
+        )
+        batch |= {"segment_ids": segments, "positions": np.arange(case.length) - first}
+    return {name: jnp.asarray(value, jnp.int32) for name, value in batch.items()}
+
+
+def begin(case: Case) -> tuple[Llama, Any]:
+    """Returns the model, and the adapters before the first step."""
+    config = dataclasses.replace(reference.CONFIG, **case.model)
+    lora = dataclasses.replace(LORA, **case.lora)
+    model = Llama(config, Compute(**{"dtype": "float32", **case.compute}, lora=lora))
+    return model, reference.adapters(lora, config)
+
+
+def run(case: Case, mesh: Mesh | None) -> dict[str, Any]:
+    """Takes some steps; returns losses, norms, trained arrays and the program."""
+    model, adapters = begin(case)
+    optimizer = optax.sgd(0.05)
+    step = partial(
+        train_step, model=model, optimizer=optimizer, neftune_noise_alpha=case.noise
+    )
+    arguments: Any = (
+        init_state(adapters, optimizer, jax.random.key(0)),
+        reference.base(model.config, packed=True),
+        batch_of(case),
+    )
+    if mesh is not None:
+        shardings = jax.tree.map(
+            lambda leaf: leaf.sharding, sharding.shard_step(arguments, mesh)
+        )
+        arguments = jax.device_put(arguments, shardings)
+    state, base, batch = arguments
+    with sharding.traced_on(mesh):
+        program = jax.jit(step).lower(state, base, batch).compile()
+        first = jax.tree.map(lambda a: a[0], batch)
+        evaluate = jax.jit(partial(eval_step, model=model))
+        evaluated, _ = evaluate(state.adapters, base, first)
+    results = {"losses": [], "norms": [], "evaluated": [float(evaluated)]}
+    for _ in range(STEPS):
+        state, metrics = program(state, base, batch)
+        results["losses"].append(float(metrics["loss"]))
+        results["norms"].append(float(metrics["grad_norm"]))
+    trained = jax.tree.leaves(jax.tree.map(np.asarray, state.adapters))
+    return {**results, "trained": trained, "program": program.as_text()}
+
+
+def mesh_of(shape: dict[str, int]) -> Mesh:
+    """Returns a mesh of the first devices."""
+    size = int(np.prod(list(shape.values())))
+    return Mesh(np.array(jax.devices()[:size]).reshape(*shape.values()), tuple(shape))
+
+
+def compare(case: Case) -> dict[str, Any]:
+    """Returns the largest relative differences, and the program of the mesh."""
+    alone, divided = run(case, None), run(case, mesh_of(case.mesh))
+    results: dict[str, Any] = {"program": divided["program"]}
+    for name in ("losses", "norms", "evaluated"):
+        one, other = np.asarray(alone[name]), np.asarray(divided[name])
+        results[name] = float(np.max(np.abs(other / one - 1)))
+    begun = [np.asarray(leaf) for leaf in jax.tree.leaves(begin(case)[1])]
+    results["trained"] = max(
+        float(np.linalg.norm((b - a).ravel()) / np.linalg.norm((a - start).ravel()))
+        for a, b, start in zip(alone["trained"], divided["trained"], begun, strict=True)
+    )
+    return results
+
+
+class Rows(NamedTuple):
+    """Queries, keys and values of rows that devices share."""
+
+    devices: int
+    length: int
+    variant: Variant = PLAIN
+    choice: int | None = None
+    packed: bool = False
+
+
+ATTENTION = {
+    # Chunks of several blocks, the last of them in part padding.
+    "plain": Rows(4, 512),
+    "window": Rows(4, 1000, Variant(windows=(37,)), packed=True),
+    "cap": Rows(2, 332, Variant(softcap=3.0), packed=True),
+    "no window": Rows(2, 332, Variant(scale=0.1, windows=(40, None)), choice=1),
+    "longer than a chunk": Rows(4, 520, Variant(windows=(300, 90)), choice=0),
+}
+
+
+def attend(case: Rows) -> list[float]:
+    """Returns the largest differences of output and gradients to whole rows."""
+    rng = np.random.default_rng(0)
+
+    def random(heads: int) -> jax.Array:
+        shape = (2, case.length, heads, 8)
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    arrays = (random(4), random(2), random(2), random(4))
+    segments = None
+    if case.packed:
+        ids = np.sort(rng.integers(0, 4, (2, case.length)), axis=1)
+        segments = jnp.asarray(ids, jnp.int32)
+    choice = None if case.choice is None else jnp.asarray(case.choice)
+
+    def derive(attention: Any, *given: Any) -> tuple:
+        q, k, v, dout, ids = given
+        out, pullback = jax.vjp(
+            lambda *qkv: attention(*qkv, ids, case.variant, choice), q, k, v
+        )
+        return out, *pullback(dout)
+
+    whole = jax.jit(partial(derive, blockwise_attention))(*arrays, segments)
+
+    def divided(*given: Any) -> Any:
+        attention = partial(divided_attention, row_axes=("data",))
+        results = derive(attention, *(divide_tokens(array) for array in given))
+        return [join_tokens(array, case.length) for array in results]
+
+    mesh = mesh_of({"data": 2, "context": case.devices})
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    with sharding.traced_on(mesh):
+        parts = jax.jit(divided)(*jax.device_put((*arrays, segments), rows))
+    return [float(jnp.abs(a - b).max()) for a, b in zip(whole, parts, strict=True)]
+
+
+def main() -> None:
+    """Writes the results of the named cases, or of all, as JSON."""
+    out, names = sys.argv[1], sys.argv[2:] or list(CASES)
+    results: dict[str, Any] = {"steps": {}, "attention": {}}
+    # Blocks of a few tokens, and windows in yet smaller ones: chunks of several.
+    context.block_sizes = lambda _: (16, 16)
+    context.block_under = lambda window, block, _: block if window is None else 8
+    for name in [*ATTENTION]:
+        results["attention"][name] = attend(ATTENTION[name])
+        print(name, results["attention"][name], flush=True)
+    for name in names:
+        case = CASES[name]
+        tokens = case.mlp_tokens
+        layers._MLP_TOKENS = {"full": tokens, "offload": tokens} if tokens else {}
+        results["steps"][name] = compare(case)
+        shown = {k: v for k, v in results["steps"][name].items() if k != "program"}
+        print(name, shown, flush=True)
+    with open(out, "w") as file:
+        json.dump(results, file)
+
+
+if __name__ == "__main__":
+    main()
