@@ -62,6 +62,10 @@ def print_plan(report: Mapping[str, Any]) -> None:
     for name in ("kernels", "fusion"):
         if report[name] != "auto":
             print(f"  {name} = {json.dumps(report[name])}")
+    if devices > 1:
+        print("\nin [mesh] of the run file")
+        for name in ("data", "fsdp", "context"):
+            print(f"  {name} = {report['mesh'].get(name, 1)}")
     if report["settings"] and report["fits"]:
         print("\nset for the run")
         for name, value in report["settings"].items():

@@ -213,7 +213,8 @@ def step_memory(step: Step, mesh: Mapping[str, int] | None = None) -> StepMemory
     config = step.config
     cudnn = step.compute.attention in ("auto", "cudnn") and not step.packed
     cudnn = cudnn and step.compute.dtype != "float32" and config.head_dim <= 128
-    # It has no soft cap, and one window for all layers.
+    # It has whole rows, no soft cap, and one window for all layers.
+    cudnn = cudnn and (mesh or {}).get("context", 1) == 1
     windows = {kind.window for kind in config.layer_kinds}
     cudnn = cudnn and config.attn_logit_softcapping is None and len(windows) == 1
     wide = config.num_attention_heads * config.head_dim

@@ -179,6 +179,7 @@ def test_a_plan_of_several_gpus_chooses_their_mesh_and_says_why(
     args = ("--model", config_json, "--method", "estimate", "--gpu", *options.split())
     _, text, _ = cli("plan", *args)
     assert report["mesh_reason"] in text
+    assert f"[mesh] of the run file\n  data = {mesh.get('data', 1)}\n" in text
     assert "time of a step, by a model, not measured" in text
     assert "assumed: compute at 55% of the peak" in text
 
