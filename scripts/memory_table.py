@@ -30,7 +30,8 @@ from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute
 from qlora_jax.planning.compile import find_compiler, how_to_get_the_compiler
 from qlora_jax.planning.gpus import CARDS
-from qlora_jax.planning.plan import LADDER, DoesNotFit, Planner, Policy, policies
+from qlora_jax.planning.ladder import LADDER, Policy, policies
+from qlora_jax.planning.plan import DoesNotFit, Planner
 from qlora_jax.planning.step import Step
 from qlora_jax.training.config import TrainConfig
 

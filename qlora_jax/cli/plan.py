@@ -29,6 +29,7 @@ from qlora_jax.choices import (
 )
 from qlora_jax.cli.options import parse, path_argument
 from qlora_jax.cli.output import run_and_print
+from qlora_jax.cli.plan_mesh import MeshOptions, chosen_mesh, mesh_notes
 from qlora_jax.errors import UserError, say
 from qlora_jax.lora import LoraConfig
 from qlora_jax.models import LlamaConfig, apply_changes
@@ -61,16 +62,6 @@ def _default(otherwise: str = "") -> Any:
 
 
 @dataclass(frozen=True)
-class MeshConfig:
-    """Devices of one machine that share the work."""
-
-    data: int = 1
-    """Devices that divide the rows and repeat the weights."""
-    fsdp: int = 1
-    """Devices that divide rows and weights."""
-
-
-@dataclass(frozen=True)
 class PlanCommand:
     """Plan the memory of a run on a GPU; reads no weights and no data.
 
@@ -90,8 +81,8 @@ class PlanCommand:
     TOML file that describes one."""
     max_length: Annotated[_OrFit | None, _default()] = None
     """Tokens of a row; fit = as many as the GPU holds."""
-    batch_size: Annotated[_OrFit | None, _default("1")] = None
-    """Rows of a micro-batch over all devices; fit = as many as fit."""
+    batch_size: Annotated[_OrFit | None, _default("one for each GPU")] = None
+    """Rows of a micro-batch over all GPUs; fit = as many as fit."""
     gradient_accumulation_steps: Annotated[int | None, _default("1")] = None
     """Micro-batches of a step."""
     packing: Annotated[bool | None, _default("no")] = None
@@ -117,7 +108,15 @@ class PlanCommand:
     """Memory of the embedding table."""
     lm_head: Annotated[Literal[Auto, HeadMemory] | None, _default("auto")] = None
     """Memory of the output head, or nf4 for a quantized one."""
-    mesh: MeshConfig = field(default_factory=MeshConfig)
+    devices: Annotated[
+        int | None, tyro.conf.arg(help_behavior_hint="(default: those of the mesh)")
+    ] = None
+    """GPUs of the run."""
+    gpus_per_node: Annotated[
+        int | None, tyro.conf.arg(help_behavior_hint="(default: 8 of more than 8)")
+    ] = None
+    """GPUs of a machine."""
+    mesh: MeshOptions = field(default_factory=MeshOptions)
     method: Literal["auto", "compiled", "estimate"] = "auto"
     """Ask the GPU compiler, or a formula; auto = the compiler where it is installed."""
     compiler_python: str | None = None
@@ -144,25 +143,28 @@ class PlanCommand:
         if self.gpu is None:
             raise UserError("Name the GPU: --gpu NAME (or a TOML file; see --help).")
         card = find_gpu(self.gpu)
-        planner = Planner(card, python=self._compiler(card), mesh=self._mesh(), say=say)
         step = settings.step(card)
         attention = settings.model.attention
+        candidates = settings.policies(attention, card)
+        chosen, per_node = chosen_mesh(
+            self.mesh, self.devices, self.gpus_per_node, step, card, candidates
+        )
+        planner = Planner(
+            card,
+            python=self._compiler(card),
+            mesh=chosen.shape,
+            per_node=per_node,
+            say=say,
+        )
         if planner.mesh == {"data": 1}:  # no kernel is divided among devices
             attention = _attention(attention, step, card)
-        candidates = policies(
-            remat=settings.model.remat,
-            scan_layers=settings.model.scan_layers,
-            attention=attention,
-            embed_tokens=settings.model.embed_tokens,
-            lm_head=settings.model.lm_head,
-            tied=settings.config.tie_word_embeddings,
-            gpu=card,
-        )
+            candidates = settings.policies(attention, card)
         if settings.fit is None:
             plan = planner.fastest(step, candidates)
         else:
             plan = planner.longest(step, candidates, settings.fit)
         report = plan.report(settings.tables)
+        report["mesh_reason"] = chosen.reason
         report["notes"] = self._notes(settings, planner, plan)
         if self.compare:
             every = policies(attention=attention, gpu=card)
@@ -172,13 +174,10 @@ class PlanCommand:
             report["plot"] = None if drawn is None else str(drawn)
         return report
 
-    def _mesh(self) -> dict[str, int]:
-        sizes = dataclasses.asdict(self.mesh)
-        for name, size in sizes.items():
-            if size < 1:
-                raise UserError(f"--mesh.{name} must be at least 1, got {size}.")
-        # Axes of size 1 divide nothing.
-        return {name: size for name, size in sizes.items() if size > 1} or {"data": 1}
+    @property
+    def all_devices(self) -> int:
+        """The number of GPUs."""
+        return self.mesh.devices if self.devices is None else self.devices
 
     def _compiler(self, card: GpuSpec) -> str | None:
         """Returns the Python whose jax compiles the step; None: estimate it."""
@@ -227,6 +226,7 @@ class PlanCommand:
             )
         if note := _fusion_note(plan):
             notes.append(note)
+        notes += mesh_notes(plan)
         positions = settings.config.max_position_embeddings
         if plan.step.length > positions:
             notes.append(
@@ -239,7 +239,7 @@ class PlanCommand:
         if self.method == "estimate":
             return (
                 "an estimate by formula, as asked for; within 10 % of the compiled "
-                "plan as tested, without collectives."
+                "plan as tested."
             )
         if not card.compiles:
             major, minor = card.compute_capability
@@ -273,7 +273,7 @@ _PATHS = {"model.path": "--model", "train.adapter_init": ""}
 # What a run must have and a plan of one step does not use.
 _UNUSED = {"output_dir": "none", "data.path": "none", "train.steps": 1}
 # The smallest step, where they are not given.
-_SMALLEST = {"train.batch_size": 1, "data.packing": False}
+_SMALLEST = {"data.packing": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,6 +325,8 @@ class _Settings:
                     "a run file."
                 )
             options = {**_UNUSED, **_SMALLEST, **options}
+            # One row for each GPU.
+            options.setdefault("train.batch_size", command.all_devices)
             run = dataclasses.replace(read_config(None, options), lora=command.lora)
         else:
             options |= values_of(command, (f"lora.{name}" for name in explicit))
@@ -347,6 +349,20 @@ class _Settings:
             packed=bool(run.data.packing),  # "auto" may pack
             dtype=None if unnamed else run.model.dtype,
             fit=fit,
+        )
+
+    def policies(self, attention: Attention, card: GpuSpec) -> list[Policy]:
+        """Returns the policies that the settings leave open, fastest first."""
+        from qlora_jax.planning import policies
+
+        return policies(
+            remat=self.model.remat,
+            scan_layers=self.model.scan_layers,
+            attention=attention,
+            embed_tokens=self.model.embed_tokens,
+            lm_head=self.model.lm_head,
+            tied=self.config.tie_word_embeddings,
+            gpu=card,
         )
 
     def step(self, card: GpuSpec) -> Step:
@@ -394,7 +410,7 @@ def _sizes(command: PlanCommand, run: RunConfig) -> tuple[int, int, Quantity | N
     if command.max_length == _FIT:
         return _FIRST_LENGTH, batch_size, "length"
     if command.batch_size == _FIT:
-        return length, command.mesh.data * command.mesh.fsdp, "batch_size"
+        return length, command.all_devices, "batch_size"
     return length, batch_size, None
 
 
@@ -524,7 +540,8 @@ def from_arguments(args: Sequence[str]) -> tuple[PlanCommand, set[str]]:
     default: Any = tyro.MISSING_NONPROP
     if args and not args[0].startswith("-"):
         run = option_defaults(read_config(Path(args[0])))
-        default = PlanCommand(config=args[0], lora=run.lora)
+        mesh = MeshOptions(run.mesh.data, run.mesh.fsdp, run.mesh.context)
+        default = PlanCommand(config=args[0], lora=run.lora, mesh=mesh)
     command = parse(PlanCommand, args, prog="qlora-jax plan", default=default)
     return command, given_lora(None, option_keys(args))
 

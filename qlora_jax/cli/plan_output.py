@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from convert import check_new_file, new_file
+from qlora_jax.cli.plan_mesh import print_mesh
 from qlora_jax.errors import UserError, readable_bytes, say, visible
 from qlora_jax.planning import ALLOWANCE, Plan, Planner, Policy, Step
 
@@ -34,6 +35,8 @@ def print_plan(report: Mapping[str, Any]) -> None:
     devices = math.prod(report["mesh"].values())
     card = visible(report["card"])  # a name from a file of the user
     gpus = card if devices == 1 else f"{devices} x {card}"
+    if (per_node := report["gpus_per_node"]) < devices:
+        gpus += f" in nodes of {per_node}"
     verdict = "fits" if report["fits"] else "does not fit"
     if report["uncertain"]:
         verdict = "estimated to fit, within the estimate's 10 %"
@@ -43,15 +46,14 @@ def print_plan(report: Mapping[str, Any]) -> None:
         f"{verdict} ({how}; policy '{report['policy']}', attention "
         f"{report['attention']}, {report['dtype']}, {report['quantization']})"
     )
+    if devices > 1:
+        sizes = ", ".join(f"{name} = {size}" for name, size in report["mesh"].items())
+        print(f"mesh: {sizes}: {report['mesh_reason']}")
     _print_device_bytes(report, devices)
     _print_host_and_time(report)
     if report["counted"]:
         _print_counted(report["counted"])
-    if report["collectives"]:
-        print("\ncollectives of a step, of each device")
-        for kind, row in sorted(report["collectives"].items()):
-            size = readable_bytes(row["bytes"])
-            print(f"  {kind:<24}{row['count']:>8,} x {size:>12}")
+    print_mesh(report)
     if report.get("policies"):
         _print_policies(report["policies"])
     print("\nin [model] of the run file")
@@ -60,6 +62,10 @@ def print_plan(report: Mapping[str, Any]) -> None:
     for name in ("kernels", "fusion"):
         if report[name] != "auto":
             print(f"  {name} = {json.dumps(report[name])}")
+    if devices > 1:
+        print("\nin [mesh] of the run file")
+        for name in ("data", "fsdp", "context"):
+            print(f"  {name} = {report['mesh'].get(name, 1)}")
     if report["settings"] and report["fits"]:
         print("\nset for the run")
         for name, value in report["settings"].items():

@@ -478,6 +478,9 @@ class Embed(_Adaptable):
             (self.num_embeddings, self.features),
         )
         adapter = self.adapter(self.compute, _EMBEDDING_ARRAYS)
+        # Of a divided table every device would look up the tokens of all of them.
+        weight, arrays = gather_shared((weight, adapter.arrays))
+        adapter = adapter._replace(arrays=arrays)
         return embed(tokens, weight, adapter, dtype=self.compute.dtype)
 
     def table(self) -> Float[Array, "V D"]:
@@ -551,13 +554,7 @@ def mlp_tokens(intermediate_size: int, remat: str) -> int | None:
 
 
 def mlp_chunks(rows: int, length: int, limit: int | None) -> int:
-    """Returns the number of equal chunks of at most `limit` tokens each.
-
-    Args:
-      rows: on a device.
-      length: tokens of a row on a device.
-      limit: of `mlp_tokens`.
-    """
+    """Returns the number of equal chunks of at most `limit` of a device's tokens."""
     if limit is None:
         return 1
     fewest = -(-rows * length // limit)

@@ -15,11 +15,14 @@ from .gpus import gpu_named as gpu_named
 from .gpus import more_memory_advice as more_memory_advice
 from .gpus import pinned_limit as pinned_limit
 from .gpus import this_device as this_device
+from .ladder import Policy as Policy
+from .ladder import policies as policies
+from .mesh import MeshChoice as MeshChoice
+from .mesh import choose_mesh as choose_mesh
+from .mesh import gpus_per_node as gpus_per_node
 from .plan import Plan as Plan
 from .plan import Planner as Planner
-from .plan import Policy as Policy
 from .plan import Quantity as Quantity
 from .plan import device_bytes as device_bytes
-from .plan import policies as policies
 from .step import Step as Step
 from .step import StepMemory as StepMemory

@@ -10,6 +10,7 @@ none of the rules knows is in "other", which a report shows like the rest.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Literal
 
 from qlora_jax.planning.hlo import Array, Instruction
@@ -57,10 +58,14 @@ def phase(kernel: Kernel) -> Phase:
     itself do; what has none belongs to the step as a whole (or to the prefill, of a
     program that generates).
     """
-    for loop in reversed(kernel.loops):
+    return phase_of(kernel.op_name, kernel.loops)
+
+
+def phase_of(name: str, loops: Sequence[Instruction]) -> Phase:
+    """Returns `phase` of a kernel by its `op_name` and the loops around it."""
+    for loop in reversed(loops):
         if part := _phase_of_loop(loop):
             return part
-    name = kernel.op_name
     if "_generate" in name:
         return "prefill"
     if "hidden_states" in name and _LAYERS.search(name):

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_jax.errors import UserError
 from qlora_jax.planning import hlo, roofline
+from qlora_jax.planning.traffic import Transfer, bytes_by_kind, count_transfers
 
 if TYPE_CHECKING:  # these modules import jax
     from qlora_jax.planning.gpus import GpuSpec
@@ -60,8 +61,8 @@ class Compiled:
     memory: StepMemory
     sizes: Mapping[str, int]
     """XLA's memory analysis: arguments, temporaries, aliased, output, host."""
-    collectives: Mapping[str, Mapping[str, int]]
-    """Kind -> {"count", "bytes"}, of one step of one device."""
+    transfers: Sequence[Transfer]
+    """Its collectives."""
     jax: str
     """Version of jax that compiled."""
     seconds: float
@@ -70,6 +71,11 @@ class Compiled:
     """What the step does and would take, as `planning.roofline.count_step` returns."""
     program: str | None = None
     """The scheduled program, if requested, with its command buffers as comments."""
+
+    @property
+    def collectives(self) -> dict[str, dict[str, float]]:
+        """Kind -> {"count", "bytes", ...} of a step of one device."""
+        return bytes_by_kind(self.transfers)
 
 
 def how_to_get_the_compiler() -> str:
@@ -116,6 +122,7 @@ def compile_for(
     *,
     python: str,
     mesh: Mapping[str, int] | None = None,
+    per_node: int | None = None,
     program: bool = False,
     timeout: float = 1800,
 ) -> Compiled:
@@ -125,7 +132,8 @@ def compile_for(
       step: the step, of all devices together.
       gpu: its data sheet; the device is not needed.
       python: from `find_compiler`.
-      mesh: sizes of the axes "data" and "fsdp"; default one device.
+      mesh: sizes of its axes; default one device.
+      per_node: GPUs of a machine; default all of the mesh.
       program: return the scheduled program as well (some MB).
       timeout: seconds after which the compiler is stopped.
 
@@ -141,6 +149,7 @@ def compile_for(
         "step": step.to_json(),
         "gpu": dataclasses.asdict(gpu),
         "mesh": None if mesh is None else dict(mesh),
+        "per_node": per_node,
         "program": program,
     }
     with scratch_directory() as folder:
@@ -153,7 +162,7 @@ def compile_for(
     return Compiled(
         memory=StepMemory(**answer["memory"]),
         sizes=answer["sizes"],
-        collectives=answer["collectives"],
+        transfers=[Transfer(**transfer) for transfer in answer["transfers"]],
         jax=answer["jax"],
         seconds=answer["seconds"],
         counted=answer["counted"],
@@ -270,7 +279,7 @@ def _compile(request: Any, folder: Path, dumps: str) -> dict[str, Any]:
     step = Step.from_json(request["step"])
     capability = tuple(request["gpu"]["compute_capability"])
     gpu = GpuSpec(**request["gpu"] | {"compute_capability": capability})
-    mesh = gpu_mesh(gpu, request["mesh"])
+    mesh = gpu_mesh(gpu, request["mesh"], request["per_node"])
     start = time.perf_counter()
     compiled: Any = lower(step, mesh).compile()
     seconds = time.perf_counter() - start
@@ -302,7 +311,12 @@ def _compile(request: Any, folder: Path, dumps: str) -> dict[str, Any]:
             "host_arguments": stats.host_argument_size_in_bytes,
             "host_temporaries": stats.host_temp_size_in_bytes,
         },
-        "collectives": hlo.collectives(hlo.parse(text)),
+        "transfers": [
+            dataclasses.asdict(transfer)
+            for transfer in count_transfers(
+                hlo.parse(text), devices, request["per_node"] or devices
+            )
+        ],
         "counted": counted,
         "seconds": seconds,
         "jax": jax.__version__,

@@ -75,7 +75,7 @@ class _Arrays:
 
 
 # Read off compiled plans of 1B, 3B and 8B models.
-_UNCHUNKED = _Arrays(weights=0.74, narrow=3.1, wide=7.0)
+_UNCHUNKED = _Arrays(weights=0.74, narrow=3.1, wide=6.0)
 _IN_CHUNKS = {
     "full": _Arrays(weights=0.9, narrow=6.2, wide=7.0),
     "save_attention": _Arrays(weights=0.9, narrow=6.2, wide=7.0),
@@ -118,20 +118,29 @@ class _Model:
     """Sum of the ranks of all adapters."""
     factors: int
     """Number of parameters in all lora_A and lora_B."""
+    tables: int
+    """Bytes of the tables of the vocabulary that devices divide, gathered."""
+    head_table: int
+    """The same of the head's."""
 
 
 def _model(step: Step, mesh: Mapping[str, int] | None = None) -> _Model:
-    devices = math.prod((mesh or {}).values())
+    mesh = mesh or {"data": 1}
+    return _model_sizes(unit_step(step, math.prod(mesh.values())), tuple(mesh.items()))
+
+
+def unit_step(step: Step, devices: int = 1) -> Step:
+    """Returns the step of one token on each device, with the weights of a step.
+
+    Settings that change no count are set to one value: it is a key of caches.
+    """
     train = dataclasses.replace(
         step.train, batch_size=devices, gradient_accumulation_steps=1
     )
     compute = dataclasses.replace(
         step.compute, remat="full", attention="auto", scan_layers=True
     )
-    # Settings that change no count are set to one value, for the cache.
-    # One token on each device, so the batch's bytes are those of a token.
-    unit_step = dataclasses.replace(step, length=1, train=train, compute=compute)
-    return _model_sizes(unit_step, tuple((mesh or {"data": 1}).items()))
+    return dataclasses.replace(step, length=1, train=train, compute=compute)
 
 
 @functools.lru_cache(maxsize=64)  # a search tries many lengths of one model
@@ -159,6 +168,12 @@ def _model_sizes(step: Step, mesh: tuple[tuple[str, int], ...]) -> _Model:
         # layers.
         if name == "lora_A":
             ranks += math.prod(leaf.shape[:-1])
+    tables: dict[str, int] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(base):
+        name = next((t for t in ("embed_tokens", "lm_head") if t in str(path)), None)
+        if name and "fsdp" in leaf.sharding.spec:
+            size = math.prod(leaf.shape) * leaf.dtype.itemsize
+            tables[name] = tables.get(name, 0) + size
     adapters = device_tree_bytes(state.adapters)
     return _Model(
         base=device_tree_bytes(base),
@@ -172,6 +187,8 @@ def _model_sizes(step: Step, mesh: tuple[tuple[str, int], ...]) -> _Model:
         head_weights=head,
         ranks=ranks,
         factors=factors,
+        tables=sum(tables.values()),
+        head_table=tables.get("lm_head", tables.get("embed_tokens", 0)),
     )
 
 
@@ -196,7 +213,8 @@ def step_memory(step: Step, mesh: Mapping[str, int] | None = None) -> StepMemory
     config = step.config
     cudnn = step.compute.attention in ("auto", "cudnn") and not step.packed
     cudnn = cudnn and step.compute.dtype != "float32" and config.head_dim <= 128
-    # It has no soft cap, and one window for all layers.
+    # It has whole rows, no soft cap, and one window for all layers.
+    cudnn = cudnn and (mesh or {}).get("context", 1) == 1
     windows = {kind.window for kind in config.layer_kinds}
     cudnn = cudnn and config.attn_logit_softcapping is None and len(windows) == 1
     wide = config.num_attention_heads * config.head_dim
@@ -296,9 +314,12 @@ def _temporaries(step: Step, model: _Model, tokens: int) -> int:
     logits = min(tokens, 512) * c.vocab_size * (4 + size)
     table = size * c.vocab_size * c.hidden_size
     loss = logits + narrow * tokens + table * (step.lm_head != "device")
+    # Gathered for the loss; or, by several micro-batches, once for all of them.
+    held = model.tables * (step.train.gradient_accumulation_steps > 1)
+    loss += model.head_table * (not held)
     # The loss comes after the last layer's forward and before its backward pass, so
     # both use the same memory.
-    return int(max(layer, attention, loss))
+    return int(max(layer, attention, loss) + held)
 
 
 def _windows_differ(step: Step) -> bool:
@@ -319,22 +340,30 @@ def flops_per_token(step: Step) -> float:
     backward pass takes 2.5 times the forward pass (5 products instead of 2).
     Recomputation by the policy is included.
     """
+    return sum(flops_by_pass(step))
+
+
+def flops_by_pass(step: Step) -> tuple[float, float, float]:
+    """Returns `flops_per_token` of the forward pass, the backward pass and the loss."""
     c, model = step.config, _model(step)
     recompute = step.compute.remat in _REPEATS_PRODUCTS
-    # 2 W forward, 2 W for the gradient of the input, 2 W where the forward is repeated.
-    linear = 4 * model.layer_weights + 2 * recompute * model.recomputed_weights
     head = model.head_weights
     if c.tie_word_embeddings:
         head = c.vocab_size * c.hidden_size
     wide = c.num_attention_heads * c.head_dim
     # Forward: Q K^T and P V take 2 wide for every key that a token sees.
     keys = sum(mean_keys(step.length, kind.window) for kind in c.layer_kinds)
+    attention = 4 * keys * wide
     again = recompute and step.compute.remat != "save_attention"
-    attention = 4 * keys * wide * (1 + 2.5 + again)
-    # Forward 2; the gradients of weights and inputs 4; recomputed forward 2.
-    adapters = model.factors * (2 + 4 + 2 * recompute)
+    # 2 W forward, 2 W for the gradient of the input, 2 W where the forward is repeated.
+    layers, weights = c.num_hidden_layers, model.layer_weights
+    repeated = recompute * model.recomputed_weights
+    # Adapters: forward 2; the gradients of weights and inputs 4; recomputed forward 2.
+    forward = 2 * layers * weights + attention + 2 * model.factors
+    backward = 2 * layers * (weights + repeated) + attention * (2.5 + again)
+    backward += model.factors * (4 + 2 * recompute)
     # 4: the loss computes its gradient along with its value, so nothing is repeated.
-    return c.num_hidden_layers * linear + attention + 4 * head + adapters
+    return forward, backward, 4 * head
 
 
 def necessary_flops(step: Step, *, devices: int = 1) -> float:

@@ -12,6 +12,9 @@ vendor's, in 1e9 bytes and without sparsity:
     Ampere GA102 architecture white papers for RTX 4090 and RTX 3090 (16-bit products
     with float32 sums). The host link is PCI Express x16 one way: 16, 32 or 64 GB/s for
     generation 3, 4 or 5.
+  link to the GPUs of a node: NVLink of the SXM modules, one way, half of the total in
+    the data sheet; the others exchange over the host link. Between nodes 400 Gbit/s for
+    each GPU, as servers with eight of them are wired.
   multiprocessors, clock, L2: the same, and the architecture white papers.
   limits of a block and of a multiprocessor: CUDA C++ Programming Guide, technical
     specifications by compute capability.
@@ -103,6 +106,15 @@ class GpuSpec:
     l2_bytes: int
     description: str = ""
     """`device_kind` of the device."""
+    nvlink: float = 0.0
+    """To the other GPUs of its node, one way, bytes/s; 0 = over the host link."""
+    network: float = 50e9
+    """Of each GPU to other nodes, one way, bytes/s."""
+
+    @property
+    def node_link(self) -> float:
+        """Rate at which a GPU sends to others of its node, bytes/s."""
+        return self.nvlink or self.host_link
 
     @property
     def bfloat16(self) -> bool:
@@ -189,6 +201,8 @@ _DATA_SHEETS = {
     "rtx-3090": (24, (8, 6), 82, 1.695, 936, 71, 32, 6, "NVIDIA GeForce RTX 3090"),
     "t4": (16, (7, 5), 40, 1.59, 320, 65, 16, 4, "Tesla T4"),
 }
+# GB/s of NVLink, one way.
+_NVLINK = {"b200": 900, "h200": 450, "h100": 450, "a100-80": 300, "a100-40": 300}
 _ALL = tuple(
     GpuSpec(
         name=name,
@@ -201,6 +215,7 @@ _ALL = tuple(
         host_link=link * 1e9,
         l2_bytes=l2_mib << 20,
         description=device_kind,
+        nvlink=_NVLINK.get(name, 0) * 1e9,
     )
     for name, (
         gigabytes,
@@ -226,7 +241,11 @@ _UNITS = {
     "tflops": ("flops", 1e12),
     "host_link_gb_s": ("host_link", 1e9),
     "l2_mib": ("l2_bytes", 1 << 20),
+    "nvlink_gb_s": ("nvlink", 1e9),
+    "network_gb_s": ("network", 1e9),
 }
+# Fields that a file may leave out.
+_OPTIONAL = ("nvlink", "network")
 
 
 def find_gpu(name: str) -> GpuSpec:
@@ -234,7 +253,8 @@ def find_gpu(name: str) -> GpuSpec:
 
     The file has `name` and either all of compute_capability ("8.9"), memory_gb,
     multiprocessors, clock_ghz, bandwidth_gb_s, tflops (dense, 16 bits), host_link_gb_s
-    and l2_mib, or `like` (a name) and those of them that differ.
+    and l2_mib, or `like` (a name) and those of them that differ. nvlink_gb_s (without
+    it GPUs exchange over the host link) and network_gb_s (50) may be left out.
 
     Raises:
       UserError: no such GPU or file, or an incomplete or invalid file.
@@ -298,7 +318,11 @@ def _read_spec(path: Path) -> GpuSpec:
             values[field] = round(value * unit) if integral else float(value * unit)
     key_of = {"compute_capability": "compute_capability"}
     key_of |= {field: key for key, (field, _) in _UNITS.items()}
-    missing_keys = [f"`{key}`" for field, key in key_of.items() if field not in values]
+    missing_keys = [
+        f"`{key}`"
+        for field, key in key_of.items()
+        if field not in values and field not in _OPTIONAL
+    ]
     if missing_keys:
         raise UserError(
             f"{path}: missing {', '.join(missing_keys)}. Give them, or `like` = one of "

@@ -309,28 +309,13 @@ def executed(
     return list(walk(program.entry, 1, ()))
 
 
-def collectives(program: Program) -> dict[str, dict[str, int]]:
-    """Counts collectives by kind.
-
-    Returns:
-      Kind -> {"count", "bytes"} of one run on one device; bytes are those of the
-      results on a device. A collective in a loop counts once per iteration if the
-      compiler knows their number, else once.
-    """
-    totals: dict[str, dict[str, int]] = {}
-    for call in executed(program):
-        operation = call.instruction.operation
-        kind = operation.removesuffix("-start")
-        if kind not in COLLECTIVES:
-            continue
-        sizes = [int(array.bytes) for array in call.instruction.results]
-        if operation.endswith("-start") and len(sizes) > 1:
-            # Operands first, results after them.
-            sizes = sizes[len(sizes) // 2 :]
-        row = totals.setdefault(kind, {"count": 0, "bytes": 0})
-        row["count"] += call.times
-        row["bytes"] += call.times * sum(sizes)
-    return totals
+def result_bytes(collective: Instruction) -> int:
+    """Returns the bytes of the results of a collective on a device."""
+    sizes = [int(array.bytes) for array in collective.results]
+    if collective.operation.endswith("-start") and len(sizes) > 1:
+        # Operands first, results after them.
+        sizes = sizes[len(sizes) // 2 :]
+    return sum(sizes)
 
 
 # --- Command buffers ---

@@ -27,8 +27,11 @@ from qlora_jax.errors import readable_bytes as _gb
 from qlora_jax.models import attention_refusals, check_mesh
 from qlora_jax.planning import estimate
 from qlora_jax.planning.compile import check_fusion, compile_for
+from qlora_jax.planning.exchange import expected_transfers, step_work
 from qlora_jax.planning.gpus import ALLOWANCE, PINNED_BYTES, PINNED_VARIABLE, GpuSpec
+from qlora_jax.planning.ladder import Policy, policies
 from qlora_jax.planning.step import Step, StepMemory
+from qlora_jax.planning.traffic import Transfer, bytes_by_kind, time_step
 from qlora_jax.tree import Path
 
 PROCESS_BYTES = 4_000_000_000
@@ -42,108 +45,6 @@ Quantity = Literal["length", "batch_size"]
 
 
 @dataclass(frozen=True)
-class Policy:
-    """Settings that trade the memory of a step for its speed."""
-
-    name: str
-    remat: str
-    scan_layers: bool = True
-    attention: str = "auto"
-    embed_tokens: str = "device"
-    lm_head: str = "device"
-
-    def apply(self, step: Step) -> Step:
-        """Returns the step under this policy."""
-        compute = dataclasses.replace(
-            step.compute,
-            remat=self.remat,  # pyright: ignore[reportArgumentType]
-            scan_layers=self.scan_layers,
-            attention=self.attention,  # pyright: ignore[reportArgumentType]
-        )
-        return dataclasses.replace(
-            step,
-            compute=compute,
-            embed_tokens=self.embed_tokens,  # pyright: ignore[reportArgumentType]
-            lm_head=self.lm_head,  # pyright: ignore[reportArgumentType]
-        )
-
-
-_UNROLLED = ", unrolled"
-LADDER = (
-    Policy(f"none{_UNROLLED}", "none", scan_layers=False),
-    Policy(f"save_matmuls{_UNROLLED}", "save_matmuls", scan_layers=False),
-    Policy("save_matmuls", "save_matmuls"),
-    Policy("save_attention", "save_attention"),
-    Policy("full", "full"),
-    Policy("offload", "offload"),
-    Policy("offload, tables", "offload", True, "auto", "host", "host"),
-    Policy("offload, tables, xla", "offload", True, "xla", "host", "host"),
-)
-"""Fastest first, by the count of `planning.roofline`; each needs less device memory
-than the previous one. "unrolled": each layer has its own program (`scan_layers` is
-False). In a loop "none" is the slowest of all: it writes everything into arrays of all
-layers and reads it back. "tables": the embedding and the head are in host memory.
-"xla": attention whose backward pass needs no workspace."""
-
-
-def policies(
-    *,
-    remat: str = "auto",
-    scan_layers: bool | Literal["auto"] = "auto",
-    attention: str = "auto",
-    embed_tokens: str = "auto",
-    lm_head: str = "auto",
-    tied: bool = False,
-    gpu: GpuSpec | None = None,
-    on_cpu: bool = False,
-) -> list[Policy]:
-    """Returns the policies of `LADDER` that keep the fixed settings, fastest first.
-
-    Args:
-      remat: a policy of `Compute.remat`, or "auto" for all of them.
-      scan_layers: whether the layers are a loop, or "auto" for what each policy has.
-      attention: "auto", or an implementation.
-      embed_tokens: "auto", "device" or "host".
-      lm_head: the same, or "nf4".
-      tied: the model's head is its embedding table.
-      gpu: if it cannot run cuDNN, attention="auto" becomes "xla".
-      on_cpu: whether a CPU computes the step. There "none" is the fastest in a loop,
-        too.
-
-    Raises:
-      UserError: different memories for tied tables.
-    """
-    if tied and lm_head in ("device", "host"):
-        if embed_tokens not in ("auto", lm_head):
-            raise UserError(
-                f"embed_tokens={embed_tokens!r} and lm_head={lm_head!r}: this model's "
-                "head is its embedding table. Give `embed_tokens` alone."
-            )
-        embed_tokens = lm_head
-    if attention == "auto" and gpu is not None and not gpu.bfloat16:
-        attention = "xla"
-    out: dict[tuple, Policy] = {}
-    for rung in LADDER:
-        if remat not in ("auto", rung.remat):
-            continue
-        scan = rung.scan_layers if scan_layers == "auto" else scan_layers
-        if remat == "auto" and rung.remat == "none" and scan and not on_cpu:
-            continue  # the slowest of all, and needs most memory
-        policy = Policy(
-            rung.name.removesuffix(_UNROLLED) + _UNROLLED * (not scan),
-            rung.remat,
-            scan,
-            rung.attention if attention == "auto" else attention,
-            rung.embed_tokens if embed_tokens == "auto" else embed_tokens,
-            rung.lm_head if lm_head == "auto" else lm_head,
-        )
-        key = dataclasses.astuple(policy)[1:]
-        # Of rungs that became equal the first has the simplest name.
-        out.setdefault(key, policy)
-    return list(out.values())
-
-
-@dataclass(frozen=True)
 class Plan:
     """A step on a GPU."""
 
@@ -154,7 +55,10 @@ class Plan:
     memory: StepMemory
     method: Literal["compiled", "estimate"]
     versions: Mapping[str, str]
-    collectives: Mapping[str, Mapping[str, int]]
+    per_node: int = 1
+    """GPUs of a machine."""
+    transfers: Sequence[Transfer] = ()
+    """What the GPUs exchange in a step."""
     counted: Mapping[str, Any] | None = None
     """Of a compiled step, as `planning.roofline.count_step` returns it."""
 
@@ -229,18 +133,45 @@ class Plan:
             "card": self.gpu.name,
             "card_bytes": self.gpu.memory_bytes,
             "mesh": dict(self.mesh),
-            "collectives": {k: dict(v) for k, v in self.collectives.items()},
+            "gpus_per_node": self.per_node,
+            "collectives": bytes_by_kind(self.transfers),
+            "gathered_again_bytes": self.gathered_again_bytes,
+            "modelled": self.modelled,
             "compiled_for": self.gpu.description if self.method == "compiled" else None,
             "versions": dict(self.versions),
         }
 
     @property
+    def gathered_again_bytes(self) -> int:
+        """Bytes that a GPU sends because each micro-batch gathers the weights again."""
+        if self.mesh.get("fsdp", 1) == 1:
+            return 0
+        # Those between the passes, of the vocabulary's tables, are not repeated.
+        gathers = sum(
+            transfer.sent
+            for transfer in self.transfers
+            if transfer.kind == "all-gather" and transfer.phase != "step"
+        )
+        micro = self.step.train.gradient_accumulation_steps
+        return round(gathers * (micro - 1) / micro)
+
+    @property
+    def modelled(self) -> dict[str, Any] | None:
+        """The time of a step of several GPUs, as `time_step` models it."""
+        devices = math.prod(self.mesh.values())
+        if devices == 1:
+            return None
+        return time_step(
+            step_work(self.step, self.gpu, devices), self.transfers, self.gpu
+        )
+
+    @property
     def host_bytes_needed(self) -> int:
-        """Host memory that a machine with all devices of the mesh needs.
+        """Host memory that a machine with its part of the mesh needs.
 
         The packed base is in host memory once, before anything is pinned.
         """
-        devices = math.prod(self.mesh.values())
+        devices = min(math.prod(self.mesh.values()), self.per_node)
         # `memory.base` is one device's part.
         base = self.memory.base * self.mesh.get("fsdp", 1) + self.memory.host_base
         return max(base, self.memory.host_bytes * devices) + PROCESS_BYTES
@@ -283,6 +214,7 @@ class Planner:
         *,
         python: str | None = None,
         mesh: Mapping[str, int] | None = None,
+        per_node: int | None = None,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         """Keeps the settings that all steps have in common.
@@ -290,12 +222,14 @@ class Planner:
         Args:
           gpu: its data sheet.
           python: from `find_compiler`; None = the closed form.
-          mesh: sizes of the axes "data" and "fsdp"; default one device.
+          mesh: sizes of its axes; default one device.
+          per_node: GPUs of a machine; default all of the mesh.
           say: gets a line before each compilation.
         """
         self.gpu = gpu
         self.python = python if gpu.compiles else None
         self.mesh = dict(mesh) if mesh else {"data": 1}
+        self.per_node = per_node or self._devices
         self._say = say
         self._plans: dict[Step, Plan] = {}
 
@@ -350,7 +284,8 @@ class Planner:
             memory=memory,
             method="estimate",
             versions={"jax": jax.__version__},
-            collectives={},
+            per_node=self.per_node,
+            transfers=expected_transfers(step, self.mesh, self.per_node),
         )
 
     def _compile(self, step: Step, policy: Policy) -> Plan:
@@ -361,7 +296,9 @@ class Planner:
             f"{step.length:,} tokens, {policy.name}"
         )
         mesh = self.mesh if math.prod(self.mesh.values()) > 1 else None
-        compiled = compile_for(step, self.gpu, python=self.python, mesh=mesh)
+        compiled = compile_for(
+            step, self.gpu, python=self.python, mesh=mesh, per_node=self.per_node
+        )
         return Plan(
             step=step,
             policy=policy,
@@ -370,7 +307,8 @@ class Planner:
             memory=compiled.memory,
             method="compiled",
             versions={"jax": compiled.jax},
-            collectives=compiled.collectives,
+            per_node=self.per_node,
+            transfers=compiled.transfers,
             counted=compiled.counted,
         )
 
@@ -402,8 +340,9 @@ class Planner:
     ) -> Plan:
         """Plans the largest length (or batch size) under the policy that fits most.
 
-        A length is a multiple of `granule` tokens, a batch size a multiple of the
-        number of devices. The plan fits, and one unit more does not.
+        A length is a multiple of `granule` tokens, a batch size one of the number of
+        parts that the mesh divides rows into. The plan fits, and one unit more does
+        not.
 
         Args:
           step: of any length (or batch size).
@@ -439,11 +378,19 @@ class Planner:
         return dataclasses.replace(step, train=train)
 
     def _unit(self, quantity: Quantity, size: int) -> int:
-        return granule(size) if quantity == "length" else self._devices
+        if quantity == "batch_size":
+            return self._sharers
+        # Two parts of a row for each GPU that shares it.
+        return math.lcm(granule(size), 2 * self.mesh.get("context", 1))
 
     @property
     def _devices(self) -> int:
         return math.prod(self.mesh.values())
+
+    @property
+    def _sharers(self) -> int:
+        """Number of parts that the rows are divided into."""
+        return self._devices // self.mesh.get("context", 1)
 
     def _max_size(self, step: Step, quantity: Quantity) -> int:
         """Returns the largest size whose tokens can be counted in 32 bits."""
@@ -451,11 +398,11 @@ class Planner:
         if quantity == "length":
             return tokens // step.train.batch_size
         # Every device gets as many rows.
-        return tokens // step.length // self._devices * self._devices
+        return tokens // step.length // self._sharers * self._sharers
 
     def _guess(self, step: Step, policy: Policy, quantity: Quantity) -> int:
         """Returns the largest size that fits by the estimate; 0 if none does."""
-        unit = 128 if quantity == "length" else self._devices
+        unit = self._unit(quantity, 128)
 
         def fits(units: int) -> bool:
             sized = self._sized(step, quantity, units * unit)
@@ -561,8 +508,8 @@ class Planner:
         if step.length >= 256:
             half = dataclasses.replace(step, length=step.length // 2)
             options.append((f"max_length={half.length:,}", half, plan.policy))
-        if step.train.batch_size >= 2 * self._devices:
-            size = step.train.batch_size // 2 // self._devices * self._devices
+        if step.train.batch_size >= 2 * self._sharers:
+            size = step.train.batch_size // 2 // self._sharers * self._sharers
             fewer = self._sized(step, "batch_size", size)
             options.append((f"batch_size={size}", fewer, plan.policy))
         if lora.r > 8 and not lora.rank_pattern:

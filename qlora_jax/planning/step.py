@@ -35,6 +35,7 @@ from qlora_jax.models import (
     check_mesh,
     is_on_host,
     local_bytes,
+    make_mesh,
     shard_step,
     traced_on,
 )
@@ -183,24 +184,29 @@ def _optimizer(step: Step, base: Any) -> Any:
     return make_optimizer(step.train, 1, select(base, step.compute.lora))
 
 
-def gpu_mesh(gpu: GpuSpec, shape: Mapping[str, int] | None = None) -> Mesh:
-    """Returns a mesh of GPUs of one machine that are not installed.
+def gpu_mesh(
+    gpu: GpuSpec, shape: Mapping[str, int] | None = None, per_node: int | None = None
+) -> Mesh:
+    """Returns a mesh of GPUs that are not installed.
 
-    Needs the CUDA plugin of JAX, in a process whose platform is the CPU.
+    Needs the CUDA plugin of JAX, in a process whose platform is the CPU. They are
+    arranged as those of a run (`make_mesh`), whose nodes are its processes.
 
     Args:
       gpu: the data sheet of each.
-      shape: names and sizes of the mesh's axes; default one GPU.
+      shape: sizes of the mesh's axes; default one GPU.
+      per_node: GPUs of a machine; default all of them.
     """
     shape = shape or {"data": 1}
+    devices = math.prod(shape.values())
+    per_node = per_node or devices
+    # "hosts x 1 x GPUs of a host": XLA describes each host as a slice of its own.
     topology = topologies.get_topology_desc(
         platform="cuda",
         target_config=gpu.target,
-        topology=f"1x1x{math.prod(shape.values())}",
+        topology=f"{devices // per_node}x1x{per_node}",
     )
-    return topologies.make_mesh(
-        topo=topology, mesh_shape=tuple(shape.values()), axis_names=tuple(shape)
-    )
+    return make_mesh(shape, topology.devices)
 
 
 def lower(step: Step, mesh: Any = None) -> jax.stages.Lowered:
@@ -293,7 +299,8 @@ class StepMemory:
         text = compiled.as_text()
         kinds = {"temporaries": stats.temp_size_in_bytes}
         if buffers is not None:
-            split = split_temporaries(buffers, text, step, state.adapters)
+            sharers = 1 if mesh is None else mesh.shape.get("context", 1)
+            split = split_temporaries(buffers, text, step, state.adapters, sharers)
             kinds = split | {
                 # Gaps between buffers come from the temporaries.
                 "temporaries": stats.temp_size_in_bytes
@@ -345,7 +352,7 @@ _NAMED = re.compile(r'%?([\w.\-]+) = .*op_name="([^"]*)"')
 
 
 def split_temporaries(
-    buffers: str, program: str, step: Step, adapters: Any
+    buffers: str, program: str, step: Step, adapters: Any, sharers: int = 1
 ) -> dict[str, int]:
     """Splits the bytes of the temporaries by kind.
 
@@ -359,7 +366,9 @@ def split_temporaries(
       program: the scheduled program.
       step: the step.
       adapters: shapes of the trained parameters, with their shardings.
+      sharers: devices that share a row.
     """
+    length = step.length // sharers
     origin = {
         match[1]: match[2]
         for line in program.splitlines()
@@ -380,7 +389,7 @@ def split_temporaries(
             continue
         for match in _VALUE.finditer(block):
             name, size, start, shape = match[1], int(match[2]), int(match[3]), match[4]
-            kind = _kind(shape, origin.get(name, ""), step, trained_shapes)
+            kind = _kind(shape, origin.get(name, ""), step, length, trained_shapes)
             spans[kind].append((start, start + size))
     # What a kind adds to the union of the spans of those before it.
     kind_bytes, counted = {}, []
@@ -391,14 +400,14 @@ def split_temporaries(
     return kind_bytes
 
 
-def _kind(shape: str, origin: str, step: Step, trained_shapes: set) -> str:
+def _kind(shape: str, origin: str, step: Step, length: int, trained_shapes: set) -> str:
     match = _SHAPE.match(shape)
     sizes = [int(n) for n in match[2].split(",") if n] if match else []
     if tuple(sizes) in trained_shapes:
         return "gradients"
-    # [layers, rows of this device, ..., length, ...]
+    # [layers, rows of this device, ..., tokens of each, ...]
     layers, rows = step.config.num_hidden_layers, step.train.batch_size
-    if sizes[:1] == [layers] and step.length in sizes[2:] and not rows % sizes[1]:
+    if sizes[:1] == [layers] and length in sizes[2:] and not rows % sizes[1]:
         return "activations"
     # Both the layers and the loss are differentiated; only the layers are a method of
     # the model, whose name stands in the op name.

@@ -21,6 +21,7 @@ Assumed where the program does not tell:
 from __future__ import annotations
 
 import collections
+import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -52,7 +53,7 @@ class Sizes:
     rows: int
     """Of a micro-batch on a device."""
     length: int
-    """Tokens of a row that are computed at a time."""
+    """Tokens of a row that a device computes at a time."""
     hidden: int
     intermediate: int
     vocabulary: int
@@ -74,11 +75,15 @@ class Sizes:
 
         Args:
           step: the step, of all devices together.
-          mesh: sizes of the axes "data" and "fsdp"; default one device.
+          mesh: sizes of its axes; default one device.
         """
-        rows = step.train.batch_size // math.prod((mesh or {}).values())
+        sharers = (mesh or {}).get("context", 1)
+        devices = math.prod((mesh or {}).values())
+        rows = step.train.batch_size * sharers // devices
         lora = step.compute.lora
-        return cls.of_model(step.config, lora, rows=rows, length=step.length)
+        sizes = cls.of_model(step.config, lora, rows=rows, length=step.length)
+        # A device has the keys of whole rows, and its part of their queries.
+        return dataclasses.replace(sizes, length=step.length // sharers)
 
     @classmethod
     def of_model(cls, config: Any, lora: Any, *, rows: int, length: int) -> Sizes:

@@ -458,7 +458,7 @@ def _compile_policy(
     memory = StepMemory.of(compiled, step, mesh, arguments=arguments[:3])
     versions = {"jax": jax.__version__}
     sizes = {"data": 1} if mesh is None else _sizes(mesh)
-    plan = Plan(step, policy, gpu, sizes, memory, "compiled", versions, {})
+    plan = Plan(step, policy, gpu, sizes, memory, "compiled", versions)
     return CompiledStep(
         plan,
         model,

@@ -157,6 +157,46 @@ def test_several_devices_hold_less_each(plan_8b):
     assert each["activations"] == one["activations"] / 8
 
 
+@pytest.mark.parametrize(
+    ("options", "mesh", "rows", "reason"),
+    [
+        ("h200 --devices 16", {"data": 16}, 16, "every GPU repeats the weights"),
+        ("rtx-4090 --devices 16", {"data": 16}, 16, "every GPU repeats the weights"),
+        ("l4 --devices 4 --max-length 40960", {"data": 2, "fsdp": 2}, 4, "2 GPUs of a"),
+        ("h200 --devices 16 --mesh.fsdp 4", {"data": 4, "fsdp": 4}, 16, "as set"),
+        ("h200 --mesh.data 2 --mesh.fsdp 4", {"data": 2, "fsdp": 4}, 8, "as set"),
+        ("h200 --devices 4 --batch-size 2", {"data": 2, "context": 2}, 2, "share a"),
+    ],
+)
+def test_a_plan_of_several_gpus_chooses_their_mesh_and_says_why(
+    cli, plan_8b, config_json, options, mesh, rows, reason
+):
+    options = f"{options} --max-length 4096" if "max-len" not in options else options
+    report = plan_8b(options)
+    assert report["mesh"] == mesh
+    assert report["batch_size"] == rows
+    assert reason in report["mesh_reason"]
+    args = ("--model", config_json, "--method", "estimate", "--gpu", *options.split())
+    _, text, _ = cli("plan", *args)
+    assert report["mesh_reason"] in text
+    assert f"[mesh] of the run file\n  data = {mesh.get('data', 1)}\n" in text
+    assert "time of a step, by a model, not measured" in text
+    assert "assumed: compute at 55% of the peak" in text
+
+
+def test_what_each_micro_batch_gathers_again_is_said(plan_8b):
+    options = "h200 --max-length 2048 --mesh.fsdp 8"
+    once = plan_8b(options)
+    four = plan_8b(f"{options} --gradient-accumulation-steps 4")
+    assert once["gathered_again_bytes"] == 0
+    assert not any("micro-batches gathers" in note for note in once["notes"])
+    assert any("of the 4 micro-batches gathers" in note for note in four["notes"])
+    gathers = [report["collectives"]["all-gather"] for report in (once, four)]
+    # The tables of the vocabulary are gathered once.
+    extra = gathers[1]["node_bytes"] - gathers[0]["node_bytes"]
+    assert four["gathered_again_bytes"] == pytest.approx(extra, rel=1e-6)
+
+
 def test_the_optimizer_of_a_run_file_is_counted(planned, run_file):
     """With groups whose warm-up is longer than the one step of a plan."""
     more = 'optimizer = "adamw_8bit"\nema_decay = 0.5\n'
@@ -217,7 +257,7 @@ def test_a_compiled_plan_shows_the_counted_time(cli, config_json, monkeypatch):
 
     def compile_for(*args, **options):
         memory = StepMemory(**dict.fromkeys(sizes, 10**9))
-        return Compiled(memory, {}, {}, "0.0", 1.0, counted)
+        return Compiled(memory, {}, (), "0.0", 1.0, counted)
 
     monkeypatch.setattr(plan, "find_compiler", lambda python: "python")
     monkeypatch.setattr("qlora_jax.planning.plan.compile_for", compile_for)
@@ -290,12 +330,20 @@ def test_memory_is_drawn(plan_8b, tmp_path):
         ),
         ("--gpu h200 --max-length fit --batch-size fit", "fix one of them"),
         (
-            "--gpu h200 --max-length 9 --mesh.fsdp 8",
-            "`batch_size`=1 must be a multiple of the 8 devices",
+            "--gpu h200 --max-length 9 --batch-size 3 --mesh.fsdp 8",
+            "`batch_size`=3 counts the rows of all GPUs and must be a multiple of 8",
         ),
         (
             "--gpu h200 --max-length 9 --mesh.data 0",
-            "--mesh.data must be at least 1",
+            "[mesh] data = 0, fsdp = auto, context = 1: sizes are at least 1",
+        ),
+        (
+            "--gpu h200 --max-length 9 --devices 12 --gpus-per-node 8",
+            "12 GPUs in nodes of 8",
+        ),
+        (
+            "--gpu h200 --max-length 8 --devices 16 --batch-size 5",
+            "`batch_size`=5 cannot be divided among 16 GPUs",
         ),
     ],
 )

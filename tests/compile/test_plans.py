@@ -14,7 +14,8 @@ from qlora_jax.models.layers import Compute
 from qlora_jax.planning import estimate
 from qlora_jax.planning.compile import compile_for
 from qlora_jax.planning.gpus import CARDS
-from qlora_jax.planning.plan import LADDER, Planner, granule
+from qlora_jax.planning.ladder import LADDER
+from qlora_jax.planning.plan import Planner, granule
 from qlora_jax.planning.step import Step
 from qlora_jax.training.config import TrainConfig
 

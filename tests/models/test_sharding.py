@@ -1,4 +1,6 @@
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
@@ -6,7 +8,17 @@ from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute
-from qlora_jax.models.sharding import check_mesh, is_on_host, local_bytes, shard_step
+from qlora_jax.models.sharding import (
+    check_mesh,
+    cut_chunks,
+    is_on_host,
+    join_chunks,
+    local_bytes,
+    local_shape,
+    pad_chunks,
+    shard_step,
+    traced_on,
+)
 from qlora_jax.planning.step import Step, abstract_arguments
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.tree import EMBEDDING, HEAD
@@ -76,6 +88,36 @@ def test_only_the_named_tables_are_in_host_memory():
         if is_on_host(leaf)
     ]
     assert on_host == ["1.lm_head.weight", "1.model.embed_tokens.weight"]
+
+
+@pytest.mark.parametrize(
+    "mesh, shape",
+    [
+        ({}, (8, 12)),
+        ({"data": 2}, (4, 12)),
+        ({"data": 2, "fsdp": 4}, (1, 12)),
+        ({"fsdp": 2, "context": 3}, (4, 4)),
+    ],
+)
+def test_a_device_has_its_part_of_rows_and_tokens(mesh, shape):
+    with traced_on(AbstractMesh(tuple(mesh.values()), tuple(mesh)) if mesh else None):
+        assert local_shape(8, 12) == shape
+
+
+@pytest.mark.parametrize("context", [1, 3])
+@pytest.mark.parametrize("chunks", [1, 2, 4])
+def test_a_chunk_is_a_part_of_the_tokens_of_every_device(context, chunks):
+    x = jnp.arange(2 * 12 * 2).reshape(2, 12, 2)
+    with traced_on(AbstractMesh((2, context), ("data", "context"))):
+        padded = pad_chunks(x, chunks, fill=-1)
+        parts = cut_chunks(padded, chunks)
+        joined = join_chunks(parts, 12)
+    np.testing.assert_array_equal(joined, x)
+    for part in parts:
+        # Of each device's stretch of a row the same number of tokens, without padding.
+        owners = [int(t) // 2 % 12 // (12 // context) for t in part[0, :, 0] if t >= 0]
+        sizes = {owners.count(device) for device in range(context)}
+        assert len(sizes) == 1 and sizes != {0}
 
 
 @pytest.mark.parametrize(

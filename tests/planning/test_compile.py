@@ -63,7 +63,7 @@ def test_another_python_is_checked_for_the_plugin(tmp_path):
 
 
 def test_step_and_gpu_reach_the_child_and_its_answer_is_returned(tmp_path):
-    answer = {"memory": MEMORY, "sizes": {"arguments": 1}, "collectives": {}}
+    answer = {"memory": MEMORY, "sizes": {"arguments": 1}, "transfers": []}
     answer |= {"seconds": 0.5, "jax": "1.2.3", "counted": {"launches": 7}}
     python = fake_python(
         tmp_path,

@@ -5,11 +5,11 @@ import pytest
 from qlora_jax.planning.hlo import (
     HOST_MEMORY,
     Array,
-    collectives,
     executed,
     graph_comment,
     parse,
 )
+from qlora_jax.planning.traffic import count_transfers
 
 PROGRAM = r"""HloModule jit_step, is_scheduled=true, input_output_alias={ {0}: (0, {}) }
 
@@ -133,7 +133,8 @@ def test_of_a_conditional_the_largest_branch_runs(program):
 
 
 def test_a_collective_that_is_wrapped_is_counted(program):
-    assert collectives(program) == {"reduce-scatter": {"count": 1, "bytes": 16}}
+    (transfer,) = count_transfers(program, 4, 4)
+    assert (transfer.kind, transfer.count, transfer.bytes) == ("reduce-scatter", 1, 16)
 
 
 def test_command_buffers_are_read_from_comments(program):

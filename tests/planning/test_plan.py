@@ -10,7 +10,8 @@ from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute
 from qlora_jax.planning import estimate
 from qlora_jax.planning.gpus import ALLOWANCE, CARDS, find_gpu
-from qlora_jax.planning.plan import LADDER, DoesNotFit, Planner, granule, policies
+from qlora_jax.planning.ladder import LADDER, policies
+from qlora_jax.planning.plan import DoesNotFit, Planner, granule
 from qlora_jax.planning.step import Step
 from qlora_jax.training.config import TrainConfig
 

@@ -19,7 +19,8 @@ from qlora_jax.lora.config import LoraConfig
 from qlora_jax.models.layers import Compute
 from qlora_jax.planning import gpus
 from qlora_jax.planning.gpus import ALLOWANCE, CARDS, this_device
-from qlora_jax.planning.plan import Planner, policies
+from qlora_jax.planning.ladder import policies
+from qlora_jax.planning.plan import Planner
 from qlora_jax.planning.step import Step
 from qlora_jax.runs import compiled_step
 from qlora_jax.runs.compiled_step import packed_attention
