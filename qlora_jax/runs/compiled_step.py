@@ -60,9 +60,10 @@ from qlora_jax.planning import (
     policies,
     this_device,
 )
-from qlora_jax.runs.config import ModelConfig
+from qlora_jax.runs.config import MeshConfig, ModelConfig
 from qlora_jax.runs.environment import Tuning
 from qlora_jax.runs.fusion import fusion_note
+from qlora_jax.runs.mesh import run_mesh
 from qlora_jax.training import (
     TrainConfig,
     TrainState,
@@ -200,7 +201,7 @@ def compile_step(
     gpu: GpuSpec | None = None,
     recorded: Mapping[str, Any] | None = None,
     tuning: Tuning | None = None,
-    mesh: Mesh | None = None,
+    mesh: MeshConfig | None = None,
 ) -> CompiledStep:
     """Compiles the step of a run under the fastest policy that fits.
 
@@ -215,7 +216,7 @@ def compile_step(
       recorded: `report()` of the run that is continued. Its policy comes first, since
         another may round differently.
       tuning: what XLA chose when that run was compiled, to use again.
-      mesh: the devices that share the step; None = one device.
+      mesh: how devices share the step; None = one device.
 
     Raises:
       UserError: no policy that the settings allow fits; by how much, and which settings
@@ -232,24 +233,28 @@ def compile_step(
     state, base = _initial_shapes(inputs.base, lora, optimizer)
     batch = _shapes(inputs.batch)
     plain = _plain_step(model, batch, settings, train)
-    sizes = {"data": 1} if mesh is None else _sizes(mesh)
-    planner = Planner(gpu, mesh=sizes)
-    attention: Attention = settings.attention
-    notes: tuple[str, ...] = ()
-    if attention == "auto" and plain.packed and mesh is None:
-        is_gpu = jax.default_backend() == "gpu"
-        capability = str(jax.local_devices()[0].compute_capability) if is_gpu else None
-        attention, note = packed_attention(model, capability=capability)
-        notes = () if note is None else (note,)
-    allowed = policies(
+    choose = partial(
+        policies,
         remat=settings.remat,
         scan_layers=_scan_layers(settings),
-        attention=attention,
         embed_tokens=settings.embed_tokens,
         lm_head=settings.lm_head,
         tied=model.config.tie_word_embeddings,
         on_cpu=jax.default_backend() == "cpu",
     )
+    attention: Attention = settings.attention
+    devices, mesh_note = None, None
+    if mesh is not None:
+        devices, mesh_note = run_mesh(mesh, plain, gpu, choose(attention=attention))
+    notes = () if mesh_note is None else (mesh_note,)
+    if attention == "auto" and plain.packed and devices is None:
+        is_gpu = jax.default_backend() == "gpu"
+        capability = str(jax.local_devices()[0].compute_capability) if is_gpu else None
+        attention, note = packed_attention(model, capability=capability)
+        notes += () if note is None else (note,)
+    sizes = {"data": 1} if devices is None else _sizes(devices)
+    planner = Planner(gpu, mesh=sizes)
+    allowed = choose(attention=attention)
     names = [field.name for field in dataclasses.fields(Policy) if field.name != "name"]
     allowed.sort(
         key=lambda policy: any(
@@ -260,18 +265,18 @@ def compile_step(
     for policy in allowed:
         if policy is not allowed[-1] and planner.is_hopeless(plain, policy):
             continue
-        if mesh is None:
+        if devices is None:
             arguments = (state, _in_memory_of(policy, base), batch)
         else:
             on_host = policy.apply(plain).on_host
-            arguments = shard_step((state, base, batch), mesh, on_host)
+            arguments = shard_step((state, base, batch), devices, on_host)
         compiled = _compile_policy(
-            model, optimizer, plain, policy, arguments, gpu, tuning, mesh
+            model, optimizer, plain, policy, arguments, gpu, tuning, devices
         )
         # Of the policy: some compute the MLP in chunks.
         rows, length = inputs.batch["tokens"].shape[1:]
         note = None
-        if mesh is None:
+        if devices is None:
             note = fusion_note(compiled.model, base, state.adapters, rows, length)
         elif compiled.model.compute.norms == "fused":
             note = "Note: model.fusion = 'fused' has no effect on several devices."
@@ -286,10 +291,10 @@ def compile_step(
         if inputs.held_out is None:
             return compiled
         held_out = _shapes(inputs.held_out)
-        if mesh is not None:
+        if devices is not None:
             rows = held_out["tokens"].shape[0]
             check_mesh(sizes, rows, "eval.batch_size")
-            held_out = shard_batch(held_out, mesh)
+            held_out = shard_batch(held_out, devices)
         arguments = (arguments[0].adapters, arguments[1], held_out)
         return _with_eval(compiled, arguments)
     nearest = min(too_large, key=lambda plan: plan.total)

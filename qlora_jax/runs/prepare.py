@@ -70,7 +70,6 @@ from qlora_jax.runs.eval_data import (
 )
 from qlora_jax.runs.evaluation import check_prompts
 from qlora_jax.runs.loading import base_options, say_notes, say_unused
-from qlora_jax.runs.mesh import run_mesh
 from qlora_jax.runs.metrics import check_trackers
 from qlora_jax.runs.processes import Peers
 from qlora_jax.runs.publishing import published
@@ -571,9 +570,6 @@ def _compile(
     # A program of several processes is compiled by all of them together.
     peers.agree({"data": data.examples.report.fingerprint})
     rows, length = data.batches[0]["tokens"].shape[1:]
-    mesh, note = run_mesh(config.mesh, rows)
-    if note is not None:
-        say(note)
     say(f"Compiling the step, of {rows:,} x {length:,} tokens.")
     compiled = compile_step(
         model.clone(compute=compute),
@@ -584,7 +580,7 @@ def _compile(
         len(data.batches),
         recorded=recorded,
         tuning=tuning,
-        mesh=mesh,
+        mesh=config.mesh,
     )
     for note in compiled.notes:
         say(note)

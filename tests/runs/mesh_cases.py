@@ -40,8 +40,8 @@ CASES: dict[str, tuple[dict[str, int], dict[str, dict[str, Any]]]] = {
             "lora": {"lora_dropout": 0.2, "use_dora": True},
         },
     ),
-    "trained table, 8-bit AdamW, save_matmuls": (
-        BOTH,
+    "trained table, 8-bit AdamW, save_matmuls, shared rows": (
+        {"data": 2, "fsdp": 2, "context": 2},
         {
             "lora": {"modules_to_save": ("embed_tokens",)},
             "train": {"optimizer": "adamw_8bit"},
