@@ -28,8 +28,6 @@ from .params import tree_bytes as tree_bytes
 from .params import tree_size as tree_size
 from .rope_scaling import RopeScaling as RopeScaling
 from .rope_scaling import rope_value as rope_value
-from .sharding import AXES as AXES
-from .sharding import ROWS as ROWS
 from .sharding import check_mesh as check_mesh
 from .sharding import cut_chunks as cut_chunks
 from .sharding import divide_over_nodes as divide_over_nodes

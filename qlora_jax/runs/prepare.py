@@ -9,10 +9,8 @@ not fit, missing libraries, unusable rows.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import math
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,7 +57,6 @@ from qlora_jax.runs.directory import (
     CHECKPOINTS,
     STARTED,
     saved_steps,
-    template_text,
 )
 from qlora_jax.runs.environment import TUNING, Tuning, environment, note_changes
 from qlora_jax.runs.eval_data import (
@@ -71,6 +68,7 @@ from qlora_jax.runs.eval_data import (
 from qlora_jax.runs.evaluation import check_prompts
 from qlora_jax.runs.loading import base_options, say_notes, say_unused
 from qlora_jax.runs.metrics import check_trackers
+from qlora_jax.runs.notes import note_last_step, note_length, note_other_template
 from qlora_jax.runs.processes import Peers
 from qlora_jax.runs.publishing import published
 from qlora_jax.runs.resume import check_continues, newest_record
@@ -81,8 +79,6 @@ from qlora_jax.training import Group, note_idle, optimizer_groups
 # Data up to this size are read even after the settings were refused, so that their
 # problems are reported too: some seconds of tokenizing.
 _QUICK_BYTES = 16 << 20
-# Share of the data that a last step may repeat without a note.
-_REPEATED = 0.05
 
 
 @dataclass(frozen=True)
@@ -411,7 +407,7 @@ def _load_data(
     text = _load_tokenization(config, sources, architecture)
     tokenizer = with_eos(text.tokenizer, config.data.eos_token)
     config = with_run_date(config, tokenizer)
-    _note_other_template(config, text.adapter_template)
+    note_other_template(config, text.adapter_template)
     vocab_size = architecture.vocab_size
     examples, held_out, problems = None, None, Problems()
     with problems.collecting():
@@ -450,7 +446,7 @@ def _load_data(
     )
     for note in data_notes(examples, config.data, batches, tokenizer):
         say(f"Note: {note}")
-    _note_last_step(batches, config.train.epochs)
+    note_last_step(batches, config.train.epochs)
     if config.train.longest_warmup > len(batches):
         raise UserError(
             f"train: `warmup_steps`={config.train.longest_warmup} exceeds the "
@@ -465,21 +461,6 @@ def _load_data(
         eos_token_ids=tuple(sorted({*text.eos_token_ids, *trained_ends})),
     )
     return config, data
-
-
-def _note_last_step(batches: Batches, epochs: float | None) -> None:
-    """Notes a last step that repeats a noticeable part of the data."""
-    if epochs is None:
-        return
-    rows, taken = batches.rows_per_epoch, len(batches) * batches.rows_per_step
-    # Data of fewer rows than a step takes have a note of their own.
-    if rows >= batches.rows_per_step and taken - epochs * rows > _REPEATED * rows:
-        say(
-            f"Note: the last step takes {taken - math.floor(epochs * rows):,} rows of "
-            f"another pass, because a step takes {batches.rows_per_step:,} and there "
-            f"are {rows:,}: {taken / rows:.2f} passes for `train.epochs` = {epochs:g}. "
-            "A batch that divides the rows, or `train.steps`, avoids it."
-        )
 
 
 def _load_tokenization(
@@ -507,26 +488,6 @@ def _load_tokenization(
     return text
 
 
-def _note_other_template(config: RunConfig, trained: str | None) -> None:
-    """Notes conversations in another form than the adapter that the run starts from.
-
-    Args:
-      config: of the run.
-      trained: the adapter's chat template, if it has one of its own.
-    """
-    used = None
-    with contextlib.suppress(UserError):  # raised when the data are read
-        # Several templates of one run have a note of their own.
-        used = template_text(config.data, lambda _: None)
-    if None in (trained, used) or used == trained:
-        return
-    say(
-        f"Note: `{config.train.adapter_init}` comes with another chat template than "
-        "`data.chat_template` of this run, so that it continues on turns of another "
-        "form. Without `data.chat_template` the adapter's own is used."
-    )
-
-
 def _compile(
     config: RunConfig,
     model: Llama,
@@ -549,7 +510,7 @@ def _compile(
         note_changes(started, now)
         if jax.default_backend() == "gpu":
             tuning = Tuning.read(directory / TUNING, now)
-    _note_length(model.config, data.examples.report.longest_example)
+    note_length(model.config, data.examples.report.longest_example)
     held_out, eval_batch = data.held_out, None
     if held_out is not None:
         eval_batch = next(
@@ -586,23 +547,3 @@ def _compile(
         say(note)
     say(compiled.summary())
     return compiled
-
-
-def _note_length(architecture: LlamaConfig, longest: int) -> None:
-    """Notes rows that are longer than the model's context."""
-    limit = architecture.max_position_embeddings
-    if longest <= limit:
-        return
-    scaling = architecture.rope_scaling
-    say(
-        f"Note: the longest example has {longest:,} tokens, and this model is meant "
-        f"for {limit:,} (`max_position_embeddings`)"
-        + (
-            " without scaled positions"
-            if scaling is None
-            else f" with positions scaled {scaling}"
-        )
-        + ". Training goes on, on positions that it has never seen. A longer context "
-        "is a setting: `model.max_position_embeddings` and [model.rope_scaling]; "
-        "`data.max_length` makes rows shorter."
-    )

@@ -127,7 +127,7 @@ def test_a_chunk_is_a_part_of_the_tokens_of_every_device(context, chunks):
             {"data": 2, "fsdp": 2},
             "`batch_size`=6 must be a multiple of the 4 .* 8 would do",
         ),
-        ({"tensor": 2}, "axes data and fsdp, got `tensor`"),
+        ({"tensor": 2}, "axes data, fsdp and context, got `tensor`"),
         ({"fsdp": 0}, "`fsdp` must be at least 1, got 0"),
     ],
 )
