@@ -77,6 +77,9 @@ TESTS = ROOT / "tests"
 # What takes longest comes first (with `--no-loadscope-reorder`), so that no process is
 # left alone with it at the end. Nothing but time depends on this list.
 LONG = (
+    "runs/test_mesh_runs.py",
+    "models/test_context.py",
+    "runs/test_process_runs.py",
     "compile/test_plans.py",
     "pallas_kernels/attention/test_api.py",
     "compile/test_attention_kernels.py",
