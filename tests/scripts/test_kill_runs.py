@@ -87,8 +87,8 @@ def test_a_chain_is_killed_and_continues(kill_runs, write_run, tmp_path):
 
 
 # Steps, options, and that the kills met what they were for; most of them meet the
-# writing. (How many come while a process starts up, and whether one of a few leaves half
-# a checkpoint, depends on how fast the machine is.)
+# writing. (How many come while a process starts up, and whether one of a few leaves
+# half a checkpoint, depends on how fast the machine is.)
 STORMS = {
     "forks": (
         40,
