@@ -25,14 +25,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from pallas_kernels.attention.context import chunk_order
-from qlora_jax.models.sharding import ROWS
+from qlora_jax.models.sharding import ROWS, row_devices
 
 AXIS = "context"
-
-
-def row_devices() -> int:
-    """Returns how many devices share a row."""
-    return jax.sharding.get_abstract_mesh().shape.get(AXIS, 1)
 
 
 def row_axes() -> tuple[str, ...]:

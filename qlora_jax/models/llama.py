@@ -39,7 +39,6 @@ from qlora_jax.models.context import (
     divide,
     divide_tokens,
     join_tokens,
-    row_devices,
 )
 from qlora_jax.models.decode_layers import decode_layers, prepare
 from qlora_jax.models.layers import (
@@ -50,6 +49,7 @@ from qlora_jax.models.layers import (
     multiply,
 )
 from qlora_jax.models.rope import long_texts
+from qlora_jax.models.sharding import row_devices
 
 
 class Cache(NamedTuple):

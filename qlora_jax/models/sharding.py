@@ -393,11 +393,11 @@ def local_shape(rows: int, length: int) -> tuple[int, int]:
     """
     mesh = jax.sharding.get_abstract_mesh()
     devices = math.prod(mesh.shape.get(name, 1) for name in ROWS)
-    return -(-rows // devices), -(-length // _row_parts())
+    return -(-rows // devices), -(-length // row_devices())
 
 
-def _row_parts() -> int:
-    """Returns the number of devices that share a row."""
+def row_devices() -> int:
+    """Returns how many devices share a row under the mesh of the trace."""
     return jax.sharding.get_abstract_mesh().shape.get("context", 1)
 
 
@@ -410,7 +410,7 @@ def pad_chunks(x: Array, chunks: int, fill: float = 0) -> Array:
       fill: value of the padding, which is at the end of what each device has of a row.
     """
     rows, length, *features = x.shape
-    parts = _row_parts()
+    parts = row_devices()
     pad = -(length // parts) % chunks
     widths = ((0, 0), (0, pad), *((0, 0),) * len(features))
     if parts == 1:
@@ -426,7 +426,7 @@ def cut_chunks(x: Array, chunks: int) -> Array:
     A chunk is a part of what each device has, so all devices work on every chunk.
     """
     rows, length, *features = x.shape
-    parts, size = _row_parts(), length // chunks
+    parts, size = row_devices(), length // chunks
     if parts == 1:
         # [B, n c, ...] -> [n, B, c, ...]: the scan goes over the leading axis.
         return x.reshape(rows, chunks, size, *features).swapaxes(0, 1)
@@ -443,7 +443,7 @@ def join_chunks(chunks: Array, length: int) -> Array:
       length: T.
     """
     number, rows, size, *features = chunks.shape
-    parts = _row_parts()
+    parts = row_devices()
     if parts == 1:
         x = chunks.swapaxes(0, 1).reshape(rows, number * size, *features)
         return x[:, :length]

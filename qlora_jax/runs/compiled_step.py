@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from pallas_kernels.attention.check import AttentionCheck, check_attention
 from pallas_kernels.device import jax_has_kernels
@@ -64,6 +64,7 @@ from qlora_jax.runs.config import MeshConfig, ModelConfig
 from qlora_jax.runs.environment import Tuning
 from qlora_jax.runs.fusion import fusion_note
 from qlora_jax.runs.mesh import run_mesh
+from qlora_jax.runs.processes import stop_flags
 from qlora_jax.training import (
     TrainConfig,
     TrainState,
@@ -447,16 +448,13 @@ def _compile_policy(
     model = model.clone(compute=step.compute)
     state = None if mesh is None else arguments[0]
     # Several processes stop together.
-    flags = jax.process_count() > 1
+    flags = ()
+    if mesh is not None and jax.process_count() > 1:
+        flags = (stop_flags(mesh, stopping=False),)
     jitted = jit_step(
-        model,
-        optimizer,
-        plain.train,
-        state=state,
-        stop_flags=mesh is not None and flags,
+        model, optimizer, plain.train, state=state, stop_flags=bool(flags)
     )
-    if mesh is not None and flags:
-        arguments = (*arguments, _flag_shapes(mesh))
+    arguments = (*arguments, *flags)
     with traced_on(mesh):
         compiled: Any = tuning.compile(jitted.lower(*arguments))
     give_back_freed_memory()
@@ -473,12 +471,6 @@ def _compile_policy(
         shapes=arguments[:2],
         tuning=tuning,
     )
-
-
-def _flag_shapes(mesh: Mesh) -> jax.ShapeDtypeStruct:
-    """Returns the shape and sharding of `processes.stop_flags`."""
-    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    return jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=sharding)
 
 
 def _sizes(mesh: Mesh) -> dict[str, int]:
