@@ -22,9 +22,9 @@ from qlora_jax.errors import UserError
 
 SECONDS = 1.0
 """CPU time for the expressions of one field."""
-# Added for each expression and name: an ordinary match takes 1 to 3 us, and a file may
-# have an expression for every module.
-_SECONDS_A_PAIR = 5e-6
+# Added for each expression and name, since a file may have an expression for every
+# module: an ordinary match takes 1 to 3 us, and several times that on a slow machine.
+_SECONDS_A_PAIR = 2e-5
 
 # `regex` in its mode V0 agrees with `re` on what `re` compiles without a warning,
 # except for non-ASCII characters in classes and for references to groups (refused: no

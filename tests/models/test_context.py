@@ -18,7 +18,8 @@ from qlora_jax.models.context import divide_tokens, row_index
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.llama import Llama, empty_cache
 from qlora_jax.models.sharding import traced_on
-from qlora_jax.planning.hlo import collectives, parse
+from qlora_jax.planning.hlo import parse
+from qlora_jax.planning.traffic import bytes_by_kind, count_transfers
 from tests.models import context_cases
 from tests.models.context_cases import ATTENTION, CASES
 from tests.models.reference import CONFIG, base, prompt
@@ -62,13 +63,15 @@ def test_only_keys_and_values_are_gathered(results):
     text, length = results["steps"]["packed"]["program"], CASES["packed"].length
     heads, layers = CONFIG.num_key_value_heads, CONFIG.num_hidden_layers
     keys = 4 * 4 * length * heads * CONFIG.head_dim  # bytes, of four rows
-    found = collectives(parse(text))
+    found = bytes_by_kind(count_transfers(parse(text), devices=4, per_node=4))
     # Keys and values, in the forward pass and again in the backward pass; and at the
     # most as often the segment ids.
     least = layers * 4 * keys
     assert least < found["all-gather"]["bytes"] <= least + layers * 2 * 4 * 4 * length
     # Their gradients, of which a fourth arrives.
-    assert found["reduce-scatter"] == {"count": layers * 2, "bytes": layers * keys // 2}
+    scattered = found["reduce-scatter"]
+    assert scattered["count"] == layers * 2
+    assert scattered["bytes"] == layers * keys // 2
     assert found.keys() == {"all-gather", "reduce-scatter", "all-reduce"}
     assert f"{length},{length}]" not in text
 

@@ -277,8 +277,8 @@ def test_a_run_with_a_quantized_head_loads_as_it_was_trained(
 def test_the_program_that_was_compiled_runs(make, tmp_path, monkeypatch, lora):
     first_choice = compiled_step._first_choice
 
-    def never_again(compiled, jitted, planned):
-        return first_choice(compiled, pytest.fail, planned)
+    def never_again(compiled, jitted, planned, mesh):
+        return first_choice(compiled, pytest.fail, planned, mesh)
 
     monkeypatch.setattr(compiled_step, "_first_choice", never_again)
     assert run(make(tmp_path / "run", lora))["steps"] == 3

@@ -43,7 +43,10 @@ def test_fsdp_divides_what_a_device_holds(trained, case):
     one, mesh = (result["bytes"] for result in trained[case])
     assert mesh["base"] < 0.75 * one["base"]
     assert mesh["optimizer"] < one["optimizer"]
-    assert mesh["batch"] * 8 == one["batch"]
+    axes = CASES[case][0]
+    # Rows are divided along `data` and `fsdp`, before a step divides their tokens.
+    rows = axes.get("data", 1) * axes["fsdp"]
+    assert mesh["batch"] * rows == one["batch"]
 
 
 def test_a_run_goes_on_on_other_devices(trained):
