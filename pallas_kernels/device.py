@@ -76,10 +76,8 @@ def kernel_refusals(*, interpret: bool) -> list[str]:
 
 
 def hopper_refusals(*, interpret: bool) -> list[str]:
-    """Returns why kernels for one Hopper GPU cannot run here; as `kernel_refusals`."""
+    """Returns why kernels for Hopper cannot run here; as `kernel_refusals`."""
     reasons = kernel_refusals(interpret=interpret)
-    if (count := jax.sharding.get_abstract_mesh().size) > 1:
-        reasons.append(f"they run on one device, and the mesh has {count}")
     if not interpret and capability() != "9.0":
         reasons.append(
             "they are laid out for NVIDIA's Hopper (compute capability 9.0: H100, "

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import device
 from pallas_kernels.attention.variant import PLAIN, Variant
 from pallas_kernels.attention.xla import blockwise_attention, reference_attention
+from pallas_kernels.rows import Divided, by_rows, mesh_refusals
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas", "interpret")
 """What computes: the formula; plain XLA, block by block; the kernels; or those kernels
@@ -41,6 +42,7 @@ def flash_attention(
     variant: Variant = PLAIN,
     choice: Int[Array, ""] | None = None,
     implementation: str | None = None,
+    divided: Divided | None = None,
 ) -> Float[Array, "B T N H"]:
     """Computes `softmax(q k^T / sqrt(H) + mask) v`, causal and within segments.
 
@@ -60,6 +62,8 @@ def flash_attention(
       choice: index of the window, where the variant has several.
       implementation: one of `IMPLEMENTATIONS`; None = "pallas" where it was measured to
         be better, else "xla".
+      divided: how the devices of a mesh divide the rows (`pallas_kernels.rows`), of
+        which each must have whole ones.
 
     Returns:
       The attention output in the dtype of `q`.
@@ -71,7 +75,7 @@ def flash_attention(
     _check(q, k, v, segment_ids)
     chosen = implementation
     if chosen is None:
-        chosen = "pallas" if measured(q, segment_ids) else "xla"
+        chosen = "pallas" if measured(q, segment_ids, divided) else "xla"
     if chosen not in IMPLEMENTATIONS:
         raise ValueError(
             f"`flash_attention`: implementation={chosen!r} does not exist. Choose "
@@ -81,7 +85,7 @@ def flash_attention(
         return reference_attention(q, k, v, segment_ids, variant, choice)[0]
     if chosen == "xla":
         return blockwise_attention(q, k, v, segment_ids, variant, choice)
-    reason = refusal(q, interpret=chosen == "interpret")
+    reason = refusal(q, interpret=chosen == "interpret", divided=divided)
     if reason is not None:
         raise ValueError(
             f"`flash_attention`: implementation={chosen!r} cannot be used here: "
@@ -97,7 +101,7 @@ def flash_attention(
             segments = jnp.pad(segments, ((0, 0), (0, pad)))
     # Data of the kernel, so that layers with other windows share it.
     window = variant.for_length(length).window(choice, length)
-    static = _Static(chosen == "interpret", variant.scale, variant.softcap)
+    static = _Static(chosen == "interpret", variant.scale, variant.softcap, divided)
     out: Array = _attention(static, q, k, v, segments, window)  # pyright: ignore[reportAssignmentType]
     return out[:, :length]
 
@@ -105,12 +109,13 @@ def flash_attention(
 def measured(
     q: Float[Array, "B T N H"],
     segment_ids: Int[Array, "B T"] | None = None,
+    divided: Divided | None = None,
 ) -> bool:
     """Returns whether the kernels were measured on this device to be the better choice.
 
     Better than the alternatives: cuDNN for rows of one segment, "xla" for packed ones.
     """
-    if jax.default_backend() != "gpu" or refusal(q) is not None:
+    if jax.default_backend() != "gpu" or refusal(q, divided=divided) is not None:
         return False
     case = f"{q.shape[-1]} {'whole' if segment_ids is None else 'packed'}"
     table = device.tuned(device.device_kind(), "attention").get("from_length", {})
@@ -118,14 +123,20 @@ def measured(
     return min_length is not None and q.shape[1] >= min_length
 
 
-def refusal(q: Float[Array, "B T N H"], *, interpret: bool = False) -> str | None:
+def refusal(
+    q: Float[Array, "B T N H"],
+    *,
+    interpret: bool = False,
+    divided: Divided | None = None,
+) -> str | None:
     """Returns all reasons why the kernels cannot compute this here, or None.
 
     Args:
       q: queries.
       interpret: whether Pallas's interpreter would run them.
+      divided: as for `flash_attention`.
     """
-    reasons = device.kernel_refusals(interpret=interpret)
+    reasons = device.kernel_refusals(interpret=interpret) + mesh_refusals(divided)
     capability = None if interpret else device.capability()
     reasons += refusals(q.dtype, q.shape[-1], capability)
     return "; ".join(reasons) + "." if reasons else None
@@ -187,6 +198,7 @@ class _Static(NamedTuple):
     interpret: bool
     scale: float | None
     softcap: float | None
+    divided: Divided | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -220,7 +232,11 @@ def _forward(
 ) -> tuple[Array, tuple]:
     from pallas_kernels.attention.forward import forward
 
-    out, lse = forward(q, k, v, segments, window, **static.options)
+    def attend(*arrays: Any) -> tuple[tuple[Array, Array], tuple]:
+        return forward(*arrays, **static.options), ()
+
+    rows, shared = (q, k, v, segments), (window,)
+    (out, lse), _ = by_rows(attend, static.divided, rows, shared)
     # Without the barrier, the XLA of jax 0.11 runs the kernel twice where both results
     # are kept for all layers: once to use them, once to write them into the stack.
     out, lse = jax.lax.optimization_barrier((out, lse))
@@ -235,9 +251,12 @@ def _backward(
     from pallas_kernels.attention.backward import backward
 
     q, k, v, segments, window, out, lse = residuals
-    dq, dk, dv = backward(
-        *(q, k, v, segments, out, lse, dout, window), **static.options
-    )
+
+    def derive(*arrays: Any) -> tuple[tuple[Array, ...], tuple]:
+        return backward(*arrays, **static.options), ()
+
+    rows = (q, k, v, segments, out, lse, dout)
+    (dq, dk, dv), _ = by_rows(derive, static.divided, rows, (window,))
     # Segment ids and windows are integers and have no derivative.
     return dq, dk, dv, None, None
 

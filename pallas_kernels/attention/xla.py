@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from pallas_kernels.attention.variant import PLAIN, Variant
 from pallas_kernels.product import precision
+from pallas_kernels.rows import open_devices
 
 # Large and negative but finite: with -inf a row that sees nothing would be
 # exp(-inf + inf) = NaN.
@@ -108,7 +109,8 @@ def block_sizes(q: Float[Array, "B T N H"]) -> tuple[int, int]:
     """Returns the side of the blocks on a CPU, and on other devices."""
     # Scores of one block pair: 2^25 of them in float32 are 134 MB. A GPU wants few and
     # large steps, a CPU blocks that stay in its cache.
-    side = math.isqrt(2**25 // (q.shape[0] * q.shape[2]))
+    rows = -(-q.shape[0] // open_devices())
+    side = math.isqrt(2**25 // (rows * q.shape[2]))
     power_of_two = 1 << side.bit_length() - 1
     return 256, min(max(power_of_two, 128), 1024)
 
@@ -326,7 +328,7 @@ def _flash_fwd(
     return out, (q, k, v, segments, choice, out, lse)
 
 
-def flat(*arrays: Float[Array, "B T _ H"]) -> tuple[Float[Array, "B T _"], ...]:
+def flat(*arrays: Float[Array, "B _ _ H"]) -> tuple[Float[Array, "B _ _"], ...]:
     """Joins heads and their widths: the layout of the layers around.
 
     Of arrays with an axis of heads XLA may choose another one where they enter a branch

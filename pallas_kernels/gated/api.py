@@ -7,11 +7,14 @@ memory alone.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels import device
 from pallas_kernels.gated import reference
+from pallas_kernels.rows import Divided, by_rows, mesh_refusals, own_rows
 
 IMPLEMENTATIONS = ("xla", "pallas", "interpret")
 """What computes: plain XLA; the kernels; or those kernels in Pallas's interpreter,
@@ -28,11 +31,12 @@ MAX_RANKS = 32
 
 
 def gated_activation(
-    gate_up: Float[Array, "T F2"],
+    gate_up: Float[Array, "*B F2"],
     a: Float[Array, "R F"],
     *,
     implementation: str | None = None,
-) -> tuple[Float[Array, "T F"], Float[Array, "T R"]]:
+    divided: Divided | None = None,
+) -> tuple[Float[Array, "*B F"], Float[Array, "*B R"]]:
     """Computes `h = silu(gate) up` and `h a^T`.
 
     It has no derivative of its own: `gated_gradients` computes more than that.
@@ -42,6 +46,7 @@ def gated_activation(
       a: of the same dtype.
       implementation: one of `IMPLEMENTATIONS`; None = "pallas" where it can be used,
         else "xla".
+      divided: how the devices of a mesh divide the rows (`pallas_kernels.rows`).
 
     Returns:
       Both in the dtype of `gate_up`.
@@ -50,26 +55,37 @@ def gated_activation(
       ValueError: shapes that do not fit, or an implementation that cannot do this here,
         with the reason.
     """
-    if gate_up.shape[1] != 2 * a.shape[1]:
+    if gate_up.shape[-1] != 2 * a.shape[1]:
         raise ValueError(
             f"`gated_activation`: expected gate and up of the {a.shape[1]} features of "
-            f"A, so [T, {2 * a.shape[1]}]; got {gate_up.shape}."
+            f"A, so [..., {2 * a.shape[1]}]; got {gate_up.shape}."
         )
-    chosen = _choose(gate_up, (a.shape[0],), implementation)
-    if chosen == "xla":
-        return reference.forward(gate_up, a)
-    from pallas_kernels.gated import gpu
+    chosen = _choose(gate_up, (a.shape[0],), implementation, divided)
 
-    return gpu.forward(gate_up, a, interpret=_interpreter(chosen))
+    def activate(gate_up: Array, a: Array) -> tuple[tuple[Array, ...], tuple]:
+        if chosen == "xla":
+            results = reference.forward(_rows(gate_up), a)
+        else:
+            from pallas_kernels.gated import gpu
+
+            interpret = _interpreter(chosen)
+            results = gpu.forward(_rows(gate_up), a, interpret=interpret)
+        return tuple(v.reshape(*gate_up.shape[:-1], -1) for v in results), ()
+
+    # Plain XLA is divided by the compiler.
+    divided = None if chosen == "xla" else divided
+    (h, inner), _ = by_rows(activate, divided, (gate_up,), (a,))
+    return h, inner
 
 
 def gated_gradients(
-    gate_up: Float[Array, "T F2"],
-    dh: Float[Array, "T F"],
-    z: tuple[Float[Array, "T R1"], Float[Array, "T R2"], Float[Array, "T R3"]],
+    gate_up: Float[Array, "*B F2"],
+    dh: Float[Array, "*B F"],
+    z: tuple[Float[Array, "*B R1"], Float[Array, "*B R2"], Float[Array, "*B R3"]],
     *,
     implementation: str | None = None,
-) -> tuple[Float[Array, "T F2"], tuple[Float32[Array, "R F"], ...]]:
+    divided: Divided | None = None,
+) -> tuple[Float[Array, "*B F2"], tuple[Float32[Array, "R F"], ...]]:
     """Computes the derivative, and `z_1^T dgate`, `z_2^T dup` and `z_3^T h`.
 
     Args:
@@ -77,6 +93,7 @@ def gated_gradients(
       dh: gradient of h, of the same dtype.
       z: of the same dtype.
       implementation: as for `gated_activation`.
+      divided: as for `gated_activation`.
 
     Returns:
       The gradients of gate and up in turn, in the dtype of `gate_up`; and the three
@@ -85,23 +102,38 @@ def gated_gradients(
     Raises:
       ValueError: as `gated_activation`.
     """
-    count, width = gate_up.shape
-    if dh.shape != (count, width // 2) or any(each.shape[0] != count for each in z):
+    *count, width = gate_up.shape
+    expected = (*count, width // 2)
+    if dh.shape != expected or any(each.shape[:-1] != expected[:-1] for each in z):
         raise ValueError(
-            f"`gated_gradients`: expected dh [{count}, {width // 2}] and three z of "
-            f"{count} rows; got {dh.shape} and {[each.shape for each in z]}."
+            f"`gated_gradients`: expected dh {expected} and three z of its rows; got "
+            f"{dh.shape} and {[each.shape for each in z]}."
         )
-    ranks = tuple(each.shape[1] for each in z)
-    chosen = _choose(gate_up, ranks, implementation)
-    if chosen == "xla":
-        return reference.backward(gate_up, dh, z)
-    from pallas_kernels.gated import gpu
+    ranks = tuple(each.shape[-1] for each in z)
+    chosen = _choose(gate_up, ranks, implementation, divided)
 
-    return gpu.backward(gate_up, dh, z, interpret=_interpreter(chosen))
+    def derive(gate_up: Array, dh: Array, *z: Array) -> tuple[Array, Any]:
+        first, second, third = map(_rows, z)
+        arrays = (_rows(gate_up), _rows(dh), (first, second, third))
+        if chosen == "xla":
+            dgate_up, products = reference.backward(*arrays)
+        else:
+            from pallas_kernels.gated import gpu
+
+            interpret = _interpreter(chosen)
+            dgate_up, products = gpu.backward(*arrays, interpret=interpret)
+        return dgate_up.reshape(gate_up.shape), products
+
+    divided = None if chosen == "xla" else divided
+    return by_rows(derive, divided, (gate_up, dh, *z))
 
 
 def refusal(
-    gate_up: Float[Array, "T F2"], ranks: tuple[int, ...], *, interpret: bool = False
+    gate_up: Float[Array, "*B F2"],
+    ranks: tuple[int, ...],
+    *,
+    interpret: bool = False,
+    divided: Divided | None = None,
 ) -> str | None:
     """Returns all reasons why the kernels cannot compute this here, or None.
 
@@ -109,11 +141,13 @@ def refusal(
       gate_up: as for `gated_activation`.
       ranks: of each product.
       interpret: whether Pallas's interpreter would run them.
+      divided: as for `gated_activation`.
     """
-    reasons = device.hopper_refusals(interpret=interpret)
+    reasons = device.hopper_refusals(interpret=interpret) + mesh_refusals(divided)
     if gate_up.dtype not in (jnp.bfloat16, jnp.float16):
         reasons.append(f"they compute in 16 bits, not {jnp.dtype(gate_up.dtype).name}")
-    count, features = gate_up.shape[0], gate_up.shape[1] // 2
+    features = gate_up.shape[-1] // 2
+    count = own_rows(gate_up.size // gate_up.shape[-1], divided)
     if count % TOKENS or not count:
         reasons.append(f"they take a multiple of {TOKENS} tokens, not {count}")
     if features % FEATURES or not features:
@@ -128,10 +162,13 @@ def refusal(
 
 
 def _choose(
-    gate_up: Float[Array, "T F2"], ranks: tuple[int, ...], implementation: str | None
+    gate_up: Float[Array, "*B F2"],
+    ranks: tuple[int, ...],
+    implementation: str | None,
+    divided: Divided | None,
 ) -> str:
     if implementation is None:
-        return "xla" if refusal(gate_up, ranks) else "pallas"
+        return "xla" if refusal(gate_up, ranks, divided=divided) else "pallas"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation={implementation!r} of the gated activation does not "
@@ -140,7 +177,7 @@ def _choose(
         )
     if implementation != "xla":
         interpret = implementation == "interpret"
-        reason = refusal(gate_up, ranks, interpret=interpret)
+        reason = refusal(gate_up, ranks, interpret=interpret, divided=divided)
         if reason is not None:
             raise ValueError(
                 f"implementation={implementation!r} of the gated activation cannot be "
@@ -148,6 +185,10 @@ def _choose(
                 "can be used."
             )
     return implementation
+
+
+def _rows(x: Array) -> Array:
+    return x.reshape(-1, x.shape[-1])
 
 
 def _interpreter(implementation: str) -> object:

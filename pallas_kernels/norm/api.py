@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Float32
 from pallas_kernels import device
 from pallas_kernels.norm import reference
 from pallas_kernels.product import outer
+from pallas_kernels.rows import Divided, by_rows, mesh_refusals, own_rows
 
 IMPLEMENTATIONS = ("xla", "pallas", "interpret")
 """What computes: plain XLA; the kernels; or those kernels in Pallas's interpreter,
@@ -41,6 +42,7 @@ def normed_input(
     eps: float,
     offset: bool = False,
     implementation: str | None = None,
+    divided: Divided | None = None,
 ) -> tuple[Float[Array, "*B K"], Float[Array, "*B D"]]:
     """Computes `[y | scaling (A y)]` of the RMSNorm y of x, K = D + R, and returns x.
 
@@ -56,6 +58,7 @@ def normed_input(
       offset: whether the norm's factor is 1 + weight, as in Gemma.
       implementation: one of `IMPLEMENTATIONS`; None = "pallas" where it can be used,
         else "xla".
+      divided: how the devices of a mesh divide the rows (`pallas_kernels.rows`).
 
     Returns:
       The extended input, and x.
@@ -77,7 +80,7 @@ def normed_input(
         )
     chosen = implementation
     if chosen is None:
-        chosen = "xla" if refusal(x, a.shape[0]) else "pallas"
+        chosen = "xla" if refusal(x, a.shape[0], divided=divided) else "pallas"
     if chosen not in IMPLEMENTATIONS:
         raise ValueError(
             f"`normed_input`: implementation={chosen!r} does not exist. Choose "
@@ -85,19 +88,24 @@ def normed_input(
             "where they can be used."
         )
     if chosen != "xla":
-        reason = refusal(x, a.shape[0], interpret=chosen == "interpret")
+        interpret = chosen == "interpret"
+        reason = refusal(x, a.shape[0], interpret=interpret, divided=divided)
         if reason is not None:
             raise ValueError(
                 f"`normed_input`: implementation={chosen!r} cannot be used here: "
                 f"{reason} Use 'xla', or None for the kernels where they can be used."
             )
-    static = _Static(chosen, eps, offset)
+    static = _Static(chosen, eps, offset, divided)
     result: Any = _normed_input(static, x, weight, a, scaling)
     return result
 
 
 def refusal(
-    x: Float[Array, "*B D"], rank: int, *, interpret: bool = False
+    x: Float[Array, "*B D"],
+    rank: int,
+    *,
+    interpret: bool = False,
+    divided: Divided | None = None,
 ) -> str | None:
     """Returns all reasons why the kernels cannot compute this here, or None.
 
@@ -105,11 +113,13 @@ def refusal(
       x: residual stream.
       rank: rows of A.
       interpret: whether Pallas's interpreter would run them.
+      divided: as for `normed_input`.
     """
-    reasons = device.hopper_refusals(interpret=interpret)
+    reasons = device.hopper_refusals(interpret=interpret) + mesh_refusals(divided)
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         reasons.append(f"they compute in 16 bits, not {jnp.dtype(x.dtype).name}")
-    count, features = x.size // x.shape[-1], x.shape[-1]
+    features = x.shape[-1]
+    count = own_rows(x.size // features, divided)
     if count % ROWS or not count:
         reasons.append(f"they take a multiple of {ROWS} rows, not {count}")
     if features % CHUNK or features > MAX_FEATURES:
@@ -128,6 +138,7 @@ class _Static(NamedTuple):
     implementation: str
     eps: float
     offset: bool
+    divided: Divided | None = None
 
     @property
     def of_kernels(self) -> dict[str, Any]:
@@ -159,14 +170,16 @@ def _forward(
     else:
         from pallas_kernels.norm import gpu
 
-        ext = gpu.forward(
-            _rows(x),
-            static.factor(weight, x),
-            narrow,
-            scaling,
-            rounds_first=not static.offset,
-            **static.of_kernels,
-        ).reshape(*x.shape[:-1], -1)
+        def extend(x: Array, *shared: Array) -> tuple[Array, tuple]:
+            ext = gpu.forward(
+                *(_rows(x), *shared),
+                rounds_first=not static.offset,
+                **static.of_kernels,
+            )
+            return ext.reshape(*x.shape[:-1], -1), ()
+
+        shared = (static.factor(weight, x), narrow, scaling)
+        ext, _ = by_rows(extend, static.divided, (x,), shared)
     return (ext, x), (x, weight, a, scaling, ext)
 
 
@@ -186,16 +199,31 @@ def _backward(
 
         # z (A y) is h (scaling A y), whose second factor the forward pass has written.
         inner = (h * ext[..., features:].astype(jnp.float32)).sum(axis=-1)
-        dx = gpu.backward(
-            _rows(dx_ext),
-            _rows(z),
-            narrow,
-            inner.reshape(-1),
-            _rows(x),
-            static.factor(weight, x),
-            _rows(dres),
-            **static.of_kernels,
-        ).reshape(x.shape)
+
+        def derive(
+            dx_ext: Array,
+            z: Array,
+            inner: Array,
+            x: Array,
+            dres: Array,
+            narrow: Array,
+            factor: Array,
+        ) -> tuple[Array, tuple]:
+            dx = gpu.backward(
+                _rows(dx_ext),
+                _rows(z),
+                narrow,
+                inner.reshape(-1),
+                _rows(x),
+                factor,
+                _rows(dres),
+                **static.of_kernels,
+            )
+            return dx.reshape(x.shape), ()
+
+        rows = (dx_ext, z, inner, x, dres)
+        shared = (narrow, static.factor(weight, x))
+        dx, _ = by_rows(derive, static.divided, rows, shared)
     # Of the few rows that the product with all of `ext` has, the features are cut out;
     # cut out of `ext` they would be copied.
     da = outer(z, ext)[:, :features].astype(a.dtype)

@@ -156,7 +156,7 @@ class PlanCommand:
             per_node=per_node,
             say=say,
         )
-        if planner.mesh == {"data": 1}:  # no kernel is divided among devices
+        if "context" not in planner.mesh:  # the kernels take whole rows
             attention = _attention(attention, step, card)
             candidates = settings.policies(attention, card)
         if settings.fit is None:
@@ -470,16 +470,15 @@ def _fusion_note(plan: Plan) -> str | None:
     step = plan.step
     if step.compute.norms != "fused":
         return None  # nothing to say, so no shapes of a whole model
-    if math.prod(plan.mesh.values()) > 1:
-        return "fusion = 'fused' has no effect on several devices."
     assert step.compute.lora is not None
     base = abstract_base(step.config, quantization=step.quantization)
+    sharers = plan.mesh.get("context", 1)
     note = fusion_note(
         Llama(step.config, step.compute),
         base,
         abstract_adapters(base, step.compute.lora),
-        step.train.batch_size,
-        step.length,
+        step.train.batch_size * sharers // math.prod(plan.mesh.values()),
+        step.length // sharers,
         planned=True,
     )
     return note and note.removeprefix("Note: model.")

@@ -38,7 +38,7 @@ from pallas_kernels.attention.xla import blockwise_attention
 from pallas_kernels.product import precision
 from qlora_jax.errors import UserError
 from qlora_jax.models.context import AXIS, row_axes
-from qlora_jax.models.sharding import row_devices
+from qlora_jax.models.sharding import divided_rows, row_devices
 
 # Large and negative but finite: with -inf a row that sees nothing would be NaN.
 _MASKED = -1e30
@@ -107,7 +107,9 @@ def attention(
             )
         return _cudnn(q, k, v, variant)
     if implementation in ("pallas", "interpret"):
-        refusal = flash.refusal(q, interpret=implementation == "interpret")
+        divided = divided_rows(q)
+        interpret = implementation == "interpret"
+        refusal = flash.refusal(q, interpret=interpret, divided=divided)
         if refusal is not None:
             raise UserError(
                 f"attention='{implementation}' cannot be used here: {refusal} Use "
@@ -118,6 +120,7 @@ def attention(
             variant=variant,
             choice=choice,
             implementation=implementation,
+            divided=divided,
         )
     raise UserError(
         f"attention={implementation!r} does not exist. Choose from 'auto', 'eager', "
@@ -148,12 +151,14 @@ def _best_attention(
     variant: Variant,
     choice: Array | None,
 ) -> Array:
-    if flash.measured(q, segment_ids):
+    divided = divided_rows(q)
+    if flash.measured(q, segment_ids, divided):
         return flash.flash_attention(
             *(q, k, v, segment_ids),
             variant=variant,
             choice=choice,
             implementation="pallas",
+            divided=divided,
         )
     if _cudnn_refusal(q, k, v, segment_ids, variant) is not None:
         return blockwise_attention(q, k, v, segment_ids, variant, choice)

@@ -46,8 +46,10 @@ from jaxtyping import Array, Float, Float32
 from pallas_kernels.gated.api import RANKS, gated_activation, gated_gradients
 from pallas_kernels.norm.api import normed_input
 from pallas_kernels.product import contract, dense_matmul, outer
+from pallas_kernels.rows import Divided
 from qlora_jax import nf4
 from qlora_jax.lora import functional as lora_lib
+from qlora_jax.models.sharding import divided_rows
 
 _RANK_MULTIPLE = 16
 """Elements to a multiple of which the ranks are padded: rows of 16-bit numbers then
@@ -168,7 +170,7 @@ def gated_linears(
     """
     first, last = _Joined.of(gate_up, interleaved=True), _Joined.of([down], False)
     extended, x = first.normed_input(x, norm, norm_implementation)
-    static = _Gated(first.static.saved, implementation)
+    static = _Gated(first.static.saved, implementation, divided_rows(x))
     factors = (last.factors[0], last.scaling)
     y: Any = _gated(
         static, extended, (*first.weights, *last.weights), first.bs, factors
@@ -223,6 +225,7 @@ class _Joined(NamedTuple):
             eps=norm.keywords["eps"],
             offset=norm.keywords["offset"],
             implementation=implementation,
+            divided=divided_rows(x),
         )
 
     def outputs(self, y: Array) -> list[Array]:
@@ -411,6 +414,11 @@ _extended.defvjp(_extended_fwd, _extended_bwd)
 class _Gated(NamedTuple):
     saved: bool
     implementation: str | None
+    divided: Divided | None
+
+    @property
+    def of_kernels(self) -> dict[str, Any]:
+        return {"implementation": self.implementation, "divided": self.divided}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -427,10 +435,8 @@ def _gated_fwd(
     (a, b), scaling = factors
     joined = _join_weights(gate_up, bs, x.dtype, interleaved=True)
     y = lora_lib.name_product(contract(x, joined, 1), "linear_out", saved=static.saved)
-    h, inner = gated_activation(
-        _rows(y), _stack_a([(a, b)], x.dtype), implementation=static.implementation
-    )
-    h, inner = (v.reshape(*x.shape[:-1], -1) for v in (h, inner))
+    stacked = _stack_a([(a, b)], x.dtype)
+    h, inner = gated_activation(y, stacked, **static.of_kernels)
     inner = lora_lib.name_product(inner, "lora_inner", saved=static.saved)
     out = _narrow(h, _times_scaling(inner, scaling), down, b)
     out = lora_lib.name_product(out, "linear_out", saved=static.saved)
@@ -446,12 +452,10 @@ def _gated_bwd(static: _Gated, residuals: tuple, dout: Array) -> tuple:
     features = gate_up[0].shape[1]
     middle, last = (features + sum(b.shape[1] for b in bs[: n + 1]) for n in range(2))
     zs = (x[..., features:middle], x[..., middle:last], dscaled)
-    gate, up, h = (_padded(_rows(z)) for z in zs)
-    dy, (dgate, dup, da) = gated_gradients(
-        _rows(y), _rows(dh), (gate, up, h), implementation=static.implementation
-    )
+    gate, up, h = map(_padded, zs)
+    dy, (dgate, dup, da) = gated_gradients(y, dh, (gate, up, h), **static.of_kernels)
     joined = _join_weights(gate_up, bs, x.dtype, interleaved=True)
-    dx = contract(dy.reshape(y.shape), joined, 0)
+    dx = contract(dy, joined, 0)
     dbs = tuple(
         db[: b.shape[1]].T.astype(b.dtype)
         for b, db in zip(bs, (dgate, dup), strict=True)
@@ -461,13 +465,9 @@ def _gated_bwd(static: _Gated, residuals: tuple, dout: Array) -> tuple:
     return dx, None, dbs, (dfactors, None)
 
 
-def _rows(x: Array) -> Array:
-    return x.reshape(-1, x.shape[-1])
-
-
-def _padded(z: Float[Array, "T R"]) -> Array:
+def _padded(z: Float[Array, "*B R"]) -> Array:
     """Returns z with zeros up to a multiple of the ranks that the kernels take."""
-    return jnp.pad(z, ((0, 0), (0, -z.shape[1] % RANKS)))
+    return jnp.pad(z, (*[(0, 0)] * (z.ndim - 1), (0, -z.shape[-1] % RANKS)))
 
 
 _gated.defvjp(_gated_fwd, _gated_bwd)

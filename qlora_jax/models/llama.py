@@ -123,15 +123,15 @@ class Llama(nn.Module):
         attention_mask: Array | None = None,
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
-        noise: Float32[Array, "B T D"] | None = None,
-    ) -> Float[Array, "B T D"]:
+        noise: Float32[Array, "B S D"] | None = None,
+    ) -> Float[Array, "B S D"]:
         """Computes the normed output of the last layer.
 
         Arguments as for `__call__`; `noise` is added to the embeddings.
 
-        Where the mesh of the trace divides the tokens of a row ("context"), the result
-        is [B, S, D] in the order of `divide_tokens`, and `noise` must be. The other
-        arguments are in the order of the row.
+        S is T. Where the mesh of the trace divides the tokens of a row ("context"),
+        noise and result are padded and in the order of `divide_tokens`, the other
+        arguments in the order of the row.
 
         Raises:
           UserError: custom attention, under a mesh that divides the tokens of a row.

@@ -34,6 +34,7 @@ from jax import Array
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from pallas_kernels.rows import Divided
 from qlora_jax.errors import UserError
 from qlora_jax.tree import EMBEDDING, HEAD, LAYERS, Path
 
@@ -399,6 +400,21 @@ def local_shape(rows: int, length: int) -> tuple[int, int]:
 def row_devices() -> int:
     """Returns how many devices share a row under the mesh of the trace."""
     return jax.sharding.get_abstract_mesh().shape.get("context", 1)
+
+
+def divided_rows(x: Array) -> Divided | None:
+    """Returns how the devices of the mesh of the trace divide an array [B, T, ...].
+
+    As `pallas_kernels.rows` takes it: None for one device. Rows that the devices do not
+    divide, such as those of a sample, are the same on all.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return None
+    axes = tuple(name for name in ROWS if name in mesh.shape)
+    if x.shape[0] % math.prod(mesh.shape[name] for name in axes):
+        axes = ()
+    return axes, ("context",) if row_devices() > 1 else ()
 
 
 def pad_chunks(x: Array, chunks: int, fill: float = 0) -> Array:

@@ -20,6 +20,7 @@ from .ladder import policies as policies
 from .mesh import MeshChoice as MeshChoice
 from .mesh import choose_mesh as choose_mesh
 from .mesh import gpus_per_node as gpus_per_node
+from .mesh import used_axes as used_axes
 from .plan import Plan as Plan
 from .plan import Planner as Planner
 from .plan import Quantity as Quantity

@@ -83,7 +83,9 @@ def expected_transfers(
         add("all-gather", phase, micro * gathered, sharers, micro * layers)
     add("all-gather", "step", sizes.tables, sharers, sizes.table_number)
     summed = sizes.trained + joined * sizes.crossed_attention
-    summed += joined * (chunks == 1) * sizes.crossed_mlp + (chunks - 1) * sizes.mlp_b
+    # The kernels of the activation compute the gradients of each module on their own.
+    crosses = joined and chunks == 1 and step.compute.activation != "fused"
+    summed += crosses * sizes.crossed_mlp + (chunks - 1) * sizes.mlp_b
     add("all-reduce", "backward", micro * summed, everyone, micro * layers * chunks)
     if context > 1:
         # [rows, T, K H], twice.

@@ -356,7 +356,8 @@ def this_device() -> GpuSpec:
         # JAX's pool is beyond the CUDA context; plans subtract `ALLOWANCE` for both.
         usable = int(_USABLE * stats["bytes_limit"])
     elif device.platform == "cpu":
-        usable = available_memory()
+        # JAX may make several devices of a CPU.
+        usable = available_memory() // len(jax.local_devices())
     else:
         usable = UNLIMITED
     capability = str(getattr(device, "compute_capability", "9.0"))

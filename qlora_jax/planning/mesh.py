@@ -17,8 +17,9 @@ compiled, and no device is asked.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,12 +45,19 @@ class MeshChoice:
     """A sentence."""
     idle: int = 0
     """GPUs that the mesh leaves out."""
+    larger: tuple[int, ...] = ()
+    """Sizes of "fsdp" by which each GPU would hold less, where it was left open."""
 
     @property
     def shape(self) -> dict[str, int]:
         """Axis -> size, without axes of size 1; {"data": 1} for one GPU."""
         sizes = {"data": self.data, "fsdp": self.fsdp, "context": self.context}
-        return {name: n for name, n in sizes.items() if n > 1} or {"data": 1}
+        return used_axes(sizes)
+
+
+def used_axes(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Returns the sizes of the axes that divide something; {"data": 1} if none does."""
+    return {name: n for name, n in sizes.items() if n > 1} or {"data": 1}
 
 
 def gpus_per_node(devices: int, asked: int | None = None) -> int:
@@ -110,10 +118,10 @@ def choose_mesh(
     if rows == 1 and is_open and not asked:
         return _one_of(devices)
     if is_open:
-        context = _context(rows, step.length, nodes, per_node)
+        context = _context(rows, nodes, per_node)
     data, fsdp, used = _fixed(devices, nodes, data, fsdp, context)
     sharers = used // context
-    _check_rows(rows, step.length, sharers, context)
+    _check_rows(rows, sharers)
     if fsdp != "auto":
         reason = "as set."
         if used < devices:
@@ -137,26 +145,26 @@ def _one_of(devices: int) -> MeshChoice:
     return MeshChoice(1, 1, 1, reason, devices - 1)
 
 
-def _context(rows: int, length: int, nodes: int, per_node: int) -> int:
+def _context(rows: int, nodes: int, per_node: int) -> int:
     """Returns how many GPUs of a node share a row."""
-    if context := _context_of(rows, length, nodes, per_node):
+    if context := _context_of(rows, nodes, per_node):
         return context
     devices = nodes * per_node
     below = next(
-        (n for n in range(rows - 1, 0, -1) if _context_of(n, length, nodes, per_node)),
+        (n for n in range(rows - 1, 0, -1) if _context_of(n, nodes, per_node)),
         None,
     )
     above = next(
         n
         for n in range(rows + 1, rows + devices + 1)
-        if _context_of(n, length, nodes, per_node)
+        if _context_of(n, nodes, per_node)
     )
     nearest = f"{below} or {above}" if below else f"{above}"
     shared = ""
     if rows < devices:
         shared = (
             f" Fewer rows must divide them, into GPUs of one node ({per_node}) that "
-            f"share a row of {length:,} tokens in parts of equal length, two for each."
+            "share a row."
         )
     raise UserError(
         f"`batch_size`={rows} cannot be divided among {devices} GPUs: it counts the "
@@ -165,16 +173,13 @@ def _context(rows: int, length: int, nodes: int, per_node: int) -> int:
     )
 
 
-def _context_of(rows: int, length: int, nodes: int, per_node: int) -> int | None:
+def _context_of(rows: int, nodes: int, per_node: int) -> int | None:
     """Returns the size of "context" by which rows come out even, or None."""
     devices = nodes * per_node
     if rows % devices == 0:
         return 1
     context, rest = divmod(devices, rows)
-    # The first and the last parts of a row go together: each GPU has two.
-    if rest or per_node % context or length % (2 * context):
-        return None
-    return context
+    return None if rest or per_node % context else context
 
 
 def _fixed(
@@ -206,7 +211,7 @@ def _fixed(
     return data, fsdp, product
 
 
-def _check_rows(rows: int, length: int, sharers: int, context: int) -> None:
+def _check_rows(rows: int, sharers: int) -> None:
     if rows % sharers:
         above = -(-rows // sharers) * sharers
         below = above - sharers
@@ -214,11 +219,6 @@ def _check_rows(rows: int, length: int, sharers: int, context: int) -> None:
             f"`batch_size`={rows} counts the rows of all GPUs and must be a multiple "
             f"of {sharers}, the product of data and fsdp. Nearest: "
             + (f"{below} or {above}." if below else f"{above}.")
-        )
-    if context > 1 and length % (2 * context):
-        raise UserError(
-            f"`max_length`={length} must be a multiple of {2 * context}: with [mesh] "
-            f"context = {context} each GPU has two parts of a row."
         )
 
 
@@ -241,7 +241,9 @@ def _first_that_fits(
                 continue
             for plan in plans:
                 if plan.fits and not plan.uncertain:
-                    return _argued(mesh, plan, least, per_node)
+                    larger = tuple(m.fsdp for m in meshes if m.fsdp > mesh.fsdp)
+                    chosen = _argued(mesh, plan, least, per_node)
+                    return dataclasses.replace(chosen, larger=larger)
                 if least is None:
                     least = min(plans, key=lambda plan: plan.total)
     if least is None:
@@ -293,6 +295,9 @@ def _argued(
             )
     if mesh.context > 1:
         reason += f"; {mesh.context} GPUs share a row, as rows are fewer than GPUs"
+        # Each of them has two parts.
+        if pad := -plan.step.length % (2 * mesh.context):
+            reason += f", and {pad} tokens of padding make their parts equal"
     if not plan.fits:
         reason += "; even so it does not fit"
     return MeshChoice(mesh.data, mesh.fsdp, mesh.context, f"{reason}.")

@@ -27,16 +27,14 @@ import optax
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from pallas_kernels.attention.check import AttentionCheck, check_attention
-from pallas_kernels.device import jax_has_kernels
 from qlora_jax.choices import Attention
 from qlora_jax.errors import UserError, readable_bytes
 from qlora_jax.lora import LoraConfig, abstract_adapters, factor_out, select
 from qlora_jax.models import (
-    LayerKinds,
     Llama,
-    attention_refusals,
     check_mesh,
     local_bytes,
+    local_shape,
     put_base,
     put_on_mesh,
     shard_batch,
@@ -59,11 +57,13 @@ from qlora_jax.planning import (
     pinned_limit,
     policies,
     this_device,
+    used_axes,
 )
 from qlora_jax.runs.config import MeshConfig, ModelConfig
 from qlora_jax.runs.environment import Tuning
 from qlora_jax.runs.fusion import fusion_note
-from qlora_jax.runs.mesh import run_mesh
+from qlora_jax.runs.mesh import run_meshes
+from qlora_jax.runs.packed_attention import packed_attention
 from qlora_jax.runs.processes import stop_flags
 from qlora_jax.training import (
     TrainConfig,
@@ -203,6 +203,7 @@ def compile_step(
     recorded: Mapping[str, Any] | None = None,
     tuning: Tuning | None = None,
     mesh: MeshConfig | None = None,
+    attention_check: Callable[..., AttentionCheck] = check_attention,
 ) -> CompiledStep:
     """Compiles the step of a run under the fastest policy that fits.
 
@@ -218,6 +219,8 @@ def compile_step(
         another may round differently.
       tuning: what XLA chose when that run was compiled, to use again.
       mesh: how devices share the step; None = one device.
+      attention_check: computes a sample with the attention kernels; several processes
+        need the same answer.
 
     Raises:
       UserError: no policy that the settings allow fits; by how much, and which settings
@@ -244,62 +247,58 @@ def compile_step(
         on_cpu=jax.default_backend() == "cpu",
     )
     attention: Attention = settings.attention
-    devices, mesh_note = None, None
-    if mesh is not None:
-        devices, mesh_note = run_mesh(mesh, plain, gpu, choose(attention=attention))
-    notes = () if mesh_note is None else (mesh_note,)
-    if attention == "auto" and plain.packed and devices is None:
-        is_gpu = jax.default_backend() == "gpu"
-        capability = str(jax.local_devices()[0].compute_capability) if is_gpu else None
-        attention, note = packed_attention(model, capability=capability)
-        notes += () if note is None else (note,)
-    sizes = {"data": 1} if devices is None else _sizes(devices)
-    planner = Planner(gpu, mesh=sizes)
-    allowed = choose(attention=attention)
-    names = [field.name for field in dataclasses.fields(Policy) if field.name != "name"]
-    allowed.sort(
-        key=lambda policy: any(
-            getattr(policy, name) != (recorded or {}).get(name) for name in names
-        )
-    )
-    too_large: list[Plan] = []
-    for policy in allowed:
-        if policy is not allowed[-1] and planner.is_hopeless(plain, policy):
-            continue
-        if devices is None:
-            arguments = (state, _in_memory_of(policy, base), batch)
-        else:
-            on_host = policy.apply(plain).on_host
-            arguments = shard_step((state, base, batch), devices, on_host)
-        compiled = _compile_policy(
-            model, optimizer, plain, policy, arguments, gpu, tuning, devices
-        )
-        # Of the policy: some compute the MLP in chunks.
-        rows, length = inputs.batch["tokens"].shape[1:]
-        note = None
-        if devices is None:
-            note = fusion_note(compiled.model, base, state.adapters, rows, length)
-        elif compiled.model.compute.norms == "fused":
-            note = "Note: model.fusion = 'fused' has no effect on several devices."
-        drops = lora.lora_dropout > 0
-        changed = _changed_choices(recorded or {}, compiled.report(), drops)
-        said = (*notes, *filter(None, (note, changed)))
-        compiled = dataclasses.replace(compiled, notes=said)
-        if not compiled.plan.fits:
-            too_large.append(compiled.plan)
-            continue
-        check_pinned(compiled.plan, pinned_limit())
-        if inputs.held_out is None:
-            return compiled
-        held_out = _shapes(inputs.held_out)
-        if devices is not None:
-            rows = held_out["tokens"].shape[0]
-            check_mesh(sizes, rows, "eval.batch_size")
-            held_out = shard_batch(held_out, devices)
-        arguments = (arguments[0].adapters, arguments[1], held_out)
-        return _with_eval(compiled, arguments)
-    nearest = min(too_large, key=lambda plan: plan.total)
+    attention_note: str | None = None
+    too_large: list[tuple[Plan, Planner]] = []
+    meshes = run_meshes(mesh, plain, gpu, choose(attention=attention))
+    for devices, mesh_note in meshes:
+        # The kernels take whole rows.
+        whole = devices is None or devices.shape["context"] == 1
+        if attention == "auto" and plain.packed and whole:
+            attention, attention_note = packed_attention(model, check=attention_check)
+        sizes = {"data": 1} if devices is None else used_axes(devices.shape)
+        planner = Planner(gpu, mesh=sizes)
+        allowed = choose(attention=attention)
+        allowed.sort(key=partial(_differs, recorded=recorded or {}))
+        for policy in allowed:
+            if policy is not allowed[-1] and planner.is_hopeless(plain, policy):
+                continue
+            if devices is None:
+                arguments = (state, _in_memory_of(policy, base), batch)
+            else:
+                on_host = policy.apply(plain).on_host
+                arguments = shard_step((state, base, batch), devices, on_host)
+            compiled = _compile_policy(
+                model, optimizer, plain, policy, arguments, gpu, tuning, devices
+            )
+            if not compiled.plan.fits:
+                too_large.append((compiled.plan, planner))
+                continue
+            check_pinned(compiled.plan, pinned_limit())
+            # Of the policy: some compute the MLP in chunks.
+            with traced_on(devices):
+                rows, length = local_shape(*inputs.batch["tokens"].shape[1:])
+            fusion = fusion_note(compiled.model, base, state.adapters, rows, length)
+            drops = lora.lora_dropout > 0
+            changed = _changed_choices(recorded or {}, compiled.report(), drops)
+            notes = filter(None, (mesh_note, attention_note, fusion, changed))
+            compiled = dataclasses.replace(compiled, notes=tuple(notes))
+            if inputs.held_out is None:
+                return compiled
+            held_out = _shapes(inputs.held_out)
+            if devices is not None:
+                rows = held_out["tokens"].shape[0]
+                check_mesh(sizes, rows, "eval.batch_size")
+                held_out = shard_batch(held_out, devices)
+            arguments = (arguments[0].adapters, arguments[1], held_out)
+            return _with_eval(compiled, arguments)
+    nearest, planner = min(too_large, key=lambda pair: pair[0].total)
     raise UserError(planner.too_large(nearest) + more_memory_advice())
+
+
+def _differs(policy: Policy, recorded: Mapping[str, Any]) -> bool:
+    """Returns whether a policy is not that of the run which is continued."""
+    names = (field.name for field in dataclasses.fields(Policy) if field.name != "name")
+    return any(getattr(policy, name) != recorded.get(name) for name in names)
 
 
 def _changed_choices(
@@ -327,58 +326,6 @@ def _changed_choices(
         f"Note: the run is continued with other choices ({'; '.join(changes)}). They "
         f"may {masks}round differently: the result is as valid, and need not be bit "
         "for bit that of a run without the change."
-    )
-
-
-def packed_attention(
-    model: Llama,
-    *,
-    capability: str | None,
-    check: Callable[..., AttentionCheck] = check_attention,
-) -> tuple[Attention, str | None]:
-    """Chooses the attention of packed rows on the device at hand.
-
-    cuDNN, as JAX calls it, takes no packed rows, and plain XLA goes block by block in
-    thousands of launches. The kernels for Hopper are taken once they have computed a
-    sample right on this device.
-
-    Args:
-      model: the architecture.
-      capability: compute capability of the GPU, such as "9.0"; None = no GPU.
-      check: what computes the sample.
-
-    Returns:
-      "pallas", or "auto" for what is known to be the best elsewhere; and a note.
-    """
-    config = model.config
-    reasons = attention_refusals(
-        "pallas",
-        dtype=jnp.dtype(model.compute.dtype),
-        head_dim=config.head_dim,
-        packed=True,
-        capability=capability,
-    )
-    if capability is None or reasons or not jax_has_kernels():
-        return "auto", None
-    result = check(
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        config.head_dim,
-        variant=LayerKinds.of(config).variant,
-    )
-    errors = ", ".join(
-        f"{name} {error:.1e} of {result.limits[name]:.1e}"
-        for name, error in result.errors.items()
-    )
-    if result.passed:
-        return "pallas", (
-            "Packed rows: attention by this project's kernels, which passed their "
-            f"check on this device (errors and their limits: {errors})."
-        )
-    return "auto", (
-        "Note: packed rows, and this project's attention kernels failed their check on "
-        f"this device (errors and their limits: {errors}); please report it. Attention "
-        "is computed in plain XLA, which is slow on a GPU."
     )
 
 
@@ -460,7 +407,7 @@ def _compile_policy(
     give_back_freed_memory()
     memory = StepMemory.of(compiled, step, mesh, arguments=arguments[:3])
     versions = {"jax": jax.__version__}
-    sizes = {"data": 1} if mesh is None else _sizes(mesh)
+    sizes = {"data": 1} if mesh is None else used_axes(mesh.shape)
     plan = Plan(step, policy, gpu, sizes, memory, "compiled", versions)
     return CompiledStep(
         plan,
@@ -471,11 +418,6 @@ def _compile_policy(
         shapes=arguments[:2],
         tuning=tuning,
     )
-
-
-def _sizes(mesh: Mesh) -> dict[str, int]:
-    """Returns the sizes of the axes that divide something."""
-    return {k: n for k, n in mesh.shape.items() if n > 1} or {"data": 1}
 
 
 def _with_eval(compiled: CompiledStep, arguments: tuple) -> CompiledStep:

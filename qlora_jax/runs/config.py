@@ -339,6 +339,11 @@ class MeshConfig:
     def __post_init__(self) -> None:
         raise_problems("[mesh]", self._problems(), "mesh: ")
 
+    @property
+    def is_open(self) -> bool:
+        """Whether no size is set."""
+        return (self.data, self.fsdp, self.context) == (-1, "auto", 1)
+
     def _problems(self) -> Iterator[str]:
         if self.data < 1 and self.data != -1:
             yield f"`data` must be at least 1, or -1 for the rest, got {self.data}."

@@ -37,8 +37,8 @@ def fusion_note(
       model: the architecture and how it is computed.
       base: the frozen tree, arrays or shapes.
       adapters: the "lora" tree, likewise.
-      rows: of a micro-batch.
-      length: tokens of a row.
+      rows: of a micro-batch, on each device.
+      length: tokens of a row, on each device.
       planned: whether this is not for the device at hand but for a Hopper GPU.
     """
     if planned:

@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ from qlora_jax.models import (
     add_parameters,
     apply_changes,
 )
-from qlora_jax.planning import estimate_warnings
+from qlora_jax.planning import GpuSpec, estimate_warnings, this_device
 from qlora_jax.runs.compiled_step import CompiledStep, StepInputs, compile_step
 from qlora_jax.runs.config import RunConfig
 from qlora_jax.runs.dates import with_run_date, with_saved_date
@@ -69,6 +70,7 @@ from qlora_jax.runs.evaluation import check_prompts
 from qlora_jax.runs.loading import base_options, say_notes, say_unused
 from qlora_jax.runs.metrics import check_trackers
 from qlora_jax.runs.notes import note_last_step, note_length, note_other_template
+from qlora_jax.runs.packed_attention import check_on_all
 from qlora_jax.runs.processes import Peers
 from qlora_jax.runs.publishing import published
 from qlora_jax.runs.resume import check_continues, newest_record
@@ -542,8 +544,20 @@ def _compile(
         recorded=recorded,
         tuning=tuning,
         mesh=config.mesh,
+        attention_check=partial(check_on_all, peers),
+        gpu=_smallest_device(peers),
     )
     for note in compiled.notes:
         say(note)
     say(compiled.summary())
     return compiled
+
+
+def _smallest_device(peers: Peers) -> GpuSpec:
+    """Returns the device at hand with the least memory of those of all processes.
+
+    All processes have to take the same mesh and policy.
+    """
+    device = this_device()
+    sizes = peers.gather(device.memory_bytes, "comparing the memory of devices")
+    return dataclasses.replace(device, memory_bytes=min(sizes))

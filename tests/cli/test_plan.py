@@ -125,7 +125,8 @@ def test_packed_rows_on_hopper_are_planned_with_our_attention(plan_8b):
         ("--remat none", None),
         ("--remat offload", "no effect on remat = 'offload'"),
         ("--remat none --lora.r 64", "no effect on input_layernorm: .* not 192"),
-        ("--remat none --mesh.data 2 --batch-size 2", "no effect on several devices"),
+        ("--remat none --mesh.data 2 --batch-size 2", None),
+        ("--remat none --mesh.data 2 --batch-size 2 --max-length 2040", "8 rows"),
     ],
 )
 def test_a_plan_says_where_one_pass_kernels_have_no_effect(plan_8b, options, said):

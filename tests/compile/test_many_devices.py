@@ -4,6 +4,9 @@ Llama-3.1-8B, r=32, a row of 8,192 tokens on every H200, in nodes of eight. Comp
 without a GPU (`make compile`): counted, not timed.
 """
 
+import math
+from collections import Counter
+
 import jax
 import pytest
 
@@ -23,15 +26,19 @@ pytestmark = pytest.mark.compile
 
 NODE, LENGTH = 8, 8192
 MESHES = ({"fsdp": 8}, {"fsdp": 64}, {"data": 8, "fsdp": 8}, {"data": 64})
+# Packed rows, with every kernel of a training step.
+KERNELS = {"norms": "fused", "activation": "fused", "attention": "pallas"}
 OTHERS = (
     ({"fsdp": 8}, {"remat": "offload"}, {}),  # two chunks, products on their own
     ({"fsdp": 8}, {}, {"gradient_accumulation_steps": 2}),
     ({"fsdp": 8}, {"remat": "save_matmuls"}, {}),
+    ({"fsdp": 8}, KERNELS, {}),
+    ({"data": 2, "context": 4}, {}, {}),
 )
 
 
 def devices(mesh: dict[str, int]) -> int:
-    return mesh.get("data", 1) * mesh.get("fsdp", 1)
+    return math.prod(mesh.values())
 
 
 def step_of(mesh: dict[str, int], compute: dict, train: dict) -> Step:
@@ -39,13 +46,17 @@ def step_of(mesh: dict[str, int], compute: dict, train: dict) -> Step:
         LlamaConfig.from_hf(MODELS["8b"].hf_config),
         Compute(lora=LoraConfig(r=32), **compute),
         length=LENGTH,
-        train=TrainConfig(steps=1, batch_size=devices(mesh), **train),
+        train=TrainConfig(
+            steps=1, batch_size=devices(mesh) // mesh.get("context", 1), **train
+        ),
+        packed=compute.get("attention") == "pallas",
     )
 
 
 def compiled(python: str, mesh: dict[str, int], *settings: dict) -> Compiled:
     step = step_of(mesh, *(settings or ({}, {})))
-    options = {"mesh": mesh, "per_node": NODE, "program": True}
+    options = {"per_node": NODE, "mesh": mesh} if devices(mesh) > 1 else {}
+    options["program"] = True
     return compile_for(step, CARDS["h200"], python=python, **options)
 
 
@@ -84,6 +95,23 @@ def test_weights_are_gathered_packed_but_for_the_tables_of_the_vocabulary(
     table = {"bf16[128256,4096]", f"bf16[{128256 // mesh.get('fsdp', 1)},4096]"}
     assert large == (table if "fsdp" in mesh else set())
     assert ("fsdp" in mesh) == any(array.dtype == "u8" for array in gathered)
+
+
+def test_a_device_runs_the_kernels_of_one_that_is_alone(gpu_compiler):
+    def kernels(mesh):
+        program = hlo.parse(compiled(gpu_compiler, mesh, KERNELS, {}).program or "")
+        sizes = Sizes.of(step_of(mesh, KERNELS, {}), mesh)
+        found = Counter()
+        for kernel in count_kernels(program, sizes):
+            if kernel.mosaic:
+                found[kernel.mosaic, kernel.flops] += kernel.times
+        return found
+
+    alone, divided = kernels({"data": 1}), kernels({"fsdp": 8})
+    # Of 32 layers: attention, two norms and an activation, and their derivatives.
+    assert alone == divided and sum(alone.values()) >= 32 * (2 * 4 + 1)
+    made = compiled(gpu_compiler, {"fsdp": 8}, KERNELS, {})
+    assert made.collectives["all-reduce"]["count"] == 34
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)

@@ -8,6 +8,7 @@ JAX counts its devices once, so this cannot be a part of the tests' process.
 import dataclasses
 import json
 import sys
+import types
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,10 +18,17 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from pallas_kernels import attention as attention_kernels
+from pallas_kernels import gated, norm
+from pallas_kernels.attention import api as attention_api
 from pallas_kernels.attention import context
 from pallas_kernels.attention.context import divided_attention
 from pallas_kernels.attention.variant import PLAIN, Variant
-from pallas_kernels.attention.xla import blockwise_attention
+from pallas_kernels.attention.xla import blockwise_attention, reference_attention
+from pallas_kernels.gated import api as gated_api
+from pallas_kernels.gated import reference as gated_formula
+from pallas_kernels.norm import api as norm_api
+from pallas_kernels.norm import reference as norm_formula
 from qlora_jax.data.encoding import IGNORE
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.models import layers, sharding
@@ -46,6 +54,7 @@ GEMMA: dict[str, Any] = dict(
     tie_word_embeddings=True,
     hidden_act="gelu_pytorch_tanh",
 )
+FUSED = {"norms": "fused", "activation": "fused", "lora_products": "joined"}
 
 
 class Case(NamedTuple):
@@ -61,6 +70,8 @@ class Case(NamedTuple):
     noise: float | None = None
     mlp_tokens: int | None = None
     """Of a chunk of the MLP."""
+    kernels: int = 0
+    """Tokens of each device, for kernels to compute."""
 
 
 CASES = {
@@ -103,6 +114,19 @@ CASES = {
     "chunks of rows": Case({"data": 4}, lora={"lora_dropout": 0.3}, mlp_tokens=10),
     "offload": Case(
         {"fsdp": 2, "context": 2}, compute={"remat": "offload"}, mlp_tokens=16
+    ),
+    # Last, for what takes the place of the kernels stays.
+    "kernels": Case(
+        {"data": 2, "fsdp": 2},
+        packed=True,
+        compute={**FUSED, "attention": "pallas"},
+        kernels=LENGTH,
+    ),
+    "kernels of parts of rows": Case(
+        {"fsdp": 2, "context": 2},
+        length=45,
+        compute={**FUSED, "remat": "save_matmuls"},
+        kernels=2 * 24,  # and padding
     ),
 }
 
@@ -169,6 +193,57 @@ def mesh_of(shape: dict[str, int]) -> Mesh:
     """Returns a mesh of the first devices."""
     size = int(np.prod(list(shape.values())))
     return Mesh(np.array(jax.devices()[:size]).reshape(*shape.values()), tuple(shape))
+
+
+def put_formulas_in_place_of_kernels(tokens: int) -> set[str]:
+    """Has the formulas compute what the kernels would; returns the names of the called.
+
+    Args:
+      tokens: of each device of the mesh.
+    """
+    called: set[str] = set()
+
+    def module(package: Any, name: str, **functions: Any) -> None:
+        stand_in = types.SimpleNamespace()
+        for each, function in functions.items():
+
+            def on_device(*arrays: Any, function=function, each=each, **options) -> Any:
+                if jax.sharding.get_abstract_mesh().manual_axes:
+                    called.add(f"{package.__name__}.{name}.{each}")
+                    # Of attention a device has one row here, padded to a block.
+                    rows = 1 if package is attention_kernels else tokens
+                    assert len(arrays[0]) == rows, (name, each, arrays[0].shape)
+                return function(*arrays, options.get("eps"))
+
+            setattr(stand_in, each, on_device)
+        sys.modules[f"{package.__name__}.{name}"] = stand_in  # pyright: ignore[reportArgumentType]
+        setattr(package, name, stand_in)
+
+    def attend(q, k, v, segments, window, _):
+        return reference_attention(q, k, v, segments)
+
+    def attend_backward(q, k, v, segments, out, lse, dout, window, _):
+        attention = partial(reference_attention, segment_ids=segments)
+        return jax.vjp(lambda *qkv: attention(*qkv)[0], q, k, v)[1](dout)
+
+    def extend(x, factor, a, scaling, eps):
+        return norm_formula.forward(x, factor, a, scaling, eps=eps)
+
+    def extend_backward(dx_ext, z, a, inner, x, factor, dres, eps):
+        return norm_formula.backward(dx_ext, z, a, x, factor, dres, eps=eps)
+
+    module(attention_kernels, "forward", forward=attend)
+    module(attention_kernels, "backward", backward=attend_backward)
+    module(norm, "gpu", forward=extend, backward=extend_backward)
+    module(
+        gated,
+        "gpu",
+        forward=lambda gate_up, a, _: gated_formula.forward(gate_up, a),
+        backward=lambda gate_up, dh, z, _: gated_formula.backward(gate_up, dh, z),
+    )
+    for api in (attention_api, norm_api, gated_api):
+        api.refusal = lambda *_, **__: None
+    return called
 
 
 def compare(case: Case) -> dict[str, Any]:
@@ -254,9 +329,13 @@ def main() -> None:
         print(name, results["attention"][name], flush=True)
     for name in names:
         case = CASES[name]
+        called = set()
+        if case.kernels:
+            called = put_formulas_in_place_of_kernels(case.kernels)
         tokens = case.mlp_tokens
         layers._MLP_TOKENS = {"full": tokens, "offload": tokens} if tokens else {}
         results["steps"][name] = compare(case)
+        results["steps"][name]["kernels"] = sorted(called)
         shown = {k: v for k, v in results["steps"][name].items() if k != "program"}
         print(name, shown, flush=True)
     with open(out, "w") as file:

@@ -76,6 +76,16 @@ def test_only_keys_and_values_are_gathered(results):
     assert f"{length},{length}]" not in text
 
 
+def test_kernels_compute_the_rows_of_their_device(results):
+    names = ["gated.gpu.backward", "gated.gpu.forward"]
+    names += ["norm.gpu.backward", "norm.gpu.forward"]
+    # Kernels of attention take whole rows.
+    whole = ["attention.backward.backward", "attention.forward.forward", *names]
+    for name, expected in (("kernels", whole), ("kernels of parts of rows", names)):
+        called = results["steps"][name]["kernels"]
+        assert called == [f"pallas_kernels.{each}" for each in expected]
+
+
 def test_a_device_has_an_early_and_a_late_chunk():
     with traced_on(AbstractMesh((2, 2), ("data", "context"))):
         assert row_index(8).tolist() == [0, 1, 6, 7, 2, 3, 4, 5]

@@ -22,8 +22,8 @@ from qlora_jax.planning.gpus import ALLOWANCE, CARDS, this_device
 from qlora_jax.planning.ladder import policies
 from qlora_jax.planning.plan import Planner
 from qlora_jax.planning.step import Step
-from qlora_jax.runs import compiled_step
-from qlora_jax.runs.compiled_step import packed_attention
+from qlora_jax.runs import compiled_step, prepare
+from qlora_jax.runs.packed_attention import packed_attention
 from qlora_jax.runs.rows import read_metrics
 from qlora_jax.runs.runner import run
 from tests.models.reference import CONFIG
@@ -49,7 +49,7 @@ def set_memory(monkeypatch):
 
     def set_memory(nbytes):
         card = dataclasses.replace(this_device(), memory_bytes=nbytes + ALLOWANCE)
-        monkeypatch.setattr(compiled_step, "this_device", lambda: card)
+        monkeypatch.setattr(prepare, "this_device", lambda: card)
 
     return set_memory
 
@@ -69,7 +69,8 @@ def losses(directory):
 def test_packed_rows_on_a_hopper_take_the_kernels_that_pass_their_check(
     passes, monkeypatch
 ):
-    monkeypatch.setattr(compiled_step, "jax_has_kernels", lambda: True)
+    name = "qlora_jax.runs.packed_attention.jax_has_kernels"
+    monkeypatch.setattr(name, lambda: True)
     config = dataclasses.replace(CONFIG, head_dim=64)
 
     def check(heads, groups, head_dim, *, variant):

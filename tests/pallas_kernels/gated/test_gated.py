@@ -123,15 +123,20 @@ def test_the_kernels_are_for_hopper(simulate_gpu):
     assert "this one has 8.0" in api.refusal(gate_up, (16,))
     simulate_gpu("9.0")
     assert device.jax_has_kernels() == (api.refusal(gate_up, (16,)) is None)
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2,), ("data",))):
-        assert "one device, and the mesh has 2" in api.refusal(gate_up, (16,))
+    mesh = jax.sharding.AbstractMesh((2,), ("data",))
+    with jax.sharding.use_abstract_mesh(mesh):
+        reason = api.refusal(gate_up, (16,))
+        assert "2 devices, and how they divide the rows is not" in reason
+        # A device has half of the tokens.
+        reason = api.refusal(gate_up[:64], (16,), divided=(("data",),))
+        assert "64 tokens, not 32" in reason
 
 
 def test_shapes_that_do_not_fit_are_refused(unchecked):
     gate_up, dh, z, a = draw(128, 128, (16, 16, 16))
     with pytest.raises(ValueError, match="128 features"):
         unchecked(gated_activation)(gate_up[:, :128], a)
-    with pytest.raises(ValueError, match="three z of 128 rows"):
+    with pytest.raises(ValueError, match="three z of its rows"):
         unchecked(gated_gradients)(gate_up, dh[:, :64], z)
 
 

@@ -163,7 +163,10 @@ def test_the_kernels_are_for_hopper(simulate_gpu):
     simulate_gpu("9.0")
     assert device.jax_has_kernels() == (refusal(x, 16) is None)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2,), ("data",))):
-        assert "one device, and the mesh has 2" in refusal(x, 16)
+        assert "2 devices, and how they divide the rows is not" in refusal(x, 16)
+        # A device has half of the rows.
+        divided = (("data",),)
+        assert "rows, not 8" in refusal(x, 16, divided=divided)
 
 
 @pytest.mark.parametrize(
