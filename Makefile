@@ -20,6 +20,7 @@ JOBS ?= 2
 # Given on the command line: MODEL and DATA for the demo, ARGS for pytest or a script.
 MODEL ?=
 DATA ?=
+RUN ?= demo_run/run.toml
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -29,7 +30,7 @@ SOURCES := qlora_jax pallas_kernels convert scripts launch docs/tooling tests
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test unit lint types format docs peer compile compile-types \
-  compile-tests fuzz slurm bench gpu ray clean
+  compile-tests fuzz launchers bench gpu ray clean
 
 define CHECK_PYTHON
 $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -38,7 +39,7 @@ endef
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
-	@echo "targets: demo test unit lint types format docs peer compile fuzz slurm bench gpu ray clean"
+	@echo "targets: demo test unit lint types format docs peer compile fuzz launchers bench gpu ray clean"
 
 # The stamp is written last: an interrupted installation starts over. A venv made by a
 # Python that has since gone is made anew. Bytecode is compiled for what is imported, as it
@@ -124,10 +125,12 @@ compile-tests: $(VENV_GPU)/.installed
 fuzz: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/test_fuzz.py tests/scripts/test_kill_runs.py -m fuzz $(ARGS)
 
-# A job of two processes on a Slurm cluster of this machine, one of which is killed; as
-# root, with Debian's slurmctld, slurmd, slurm-client and munge.
-slurm: $(VENV)/.installed
-	JAX_PLATFORMS=cpu $(BIN)/python -m scripts.local_slurm build/slurm $(ARGS)
+# One run on devices, processes, Slurm and Ray of this machine, which must agree:
+# make launchers RUN=demo_run/run.toml. As root, with Debian's slurmctld, slurmd,
+# slurm-client and munge.
+launchers: $(VENV)/.installed $(VENV_RAY)/.installed
+	$(BIN)/python scripts/launchers "$(RUN)" build/launchers \
+	  --ray-python $(VENV_RAY)/bin/python $(ARGS)
 
 bench: $(VENV)/.installed $(VENV_PEER)/.installed
 	$(BIN)/python scripts/bench cpu compare --peer-python $(VENV_PEER)/bin/python $(ARGS)

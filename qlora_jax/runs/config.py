@@ -36,6 +36,7 @@ from qlora_jax.errors import UserError, raise_problems
 from qlora_jax.lora import LoraConfig
 from qlora_jax.models import CHANGEABLE_FIELDS, read_changes, rope_value
 from qlora_jax.reading import expand_fields
+from qlora_jax.runs.place import place_problems
 from qlora_jax.training import TrainConfig
 from qlora_jax.tree import FrozenDict
 
@@ -351,24 +352,7 @@ class MeshConfig:
             size = getattr(self, name)
             if size != "auto" and size < 1:
                 yield f"`{name}` must be at least 1, got {size}."
-        together = ("coordinator", "processes", "process")
-        missing = [name for name in together if getattr(self, name) is None]
-        if missing and len(missing) < len(together):
-            given = [f"`{name}`" for name in together if name not in missing]
-            absent = " and ".join(f"`{name}`" for name in missing)
-            yield (
-                f"{' and '.join(given)} given without {absent}: several processes need "
-                "all three, and one process none of them."
-            )
-            return
-        if self.processes is not None and self.process is not None:
-            if self.processes < 1:
-                yield f"`processes` must be at least 1, got {self.processes}."
-            elif not 0 <= self.process < self.processes:
-                yield (
-                    f"`process` must be from 0 to {self.processes - 1} "
-                    f"(`processes`={self.processes}), got {self.process}."
-                )
+        yield from place_problems(self.coordinator, self.processes, self.process)
 
 
 @dataclass(frozen=True)

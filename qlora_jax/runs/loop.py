@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,7 +110,9 @@ class Loop:
                 every=config.log.every,
                 began=began,
                 work=work_of(
-                    prepared.compiled.plan.step, prepared.data.examples.lengths
+                    prepared.compiled.plan.step,
+                    prepared.data.examples.lengths,
+                    devices=math.prod(prepared.compiled.plan.mesh.values()),
                 ),
                 trackers=trackers,
                 writes=is_first,

@@ -53,17 +53,19 @@ _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 class Work:
     """The two numbers that model FLOPs utilization (MFU) is computed from.
 
-    MFU = flops_per_token * tokens_per_second / peak_flops
+    MFU = flops_per_token * tokens_per_second / peak_flops, of all devices together.
     """
 
     flops_per_token: float
     """Of the model, forward and backward; recomputation is not counted."""
     peak_flops: float
-    """FLOP/s by the data sheet of the device."""
+    """FLOP/s by the data sheet of the devices."""
 
 
-def work_of(step: Step, lengths: Integer[np.ndarray, " documents"]) -> Work | None:
-    """Returns the MFU terms on the current device; None if its peak is not known.
+def work_of(
+    step: Step, lengths: Integer[np.ndarray, " documents"], *, devices: int = 1
+) -> Work | None:
+    """Returns the MFU terms on the devices at hand; None if their peak is not known.
 
     The peaks in `qlora_jax.planning.gpus` are those of 16-bit products: float32 has
     none.
@@ -71,11 +73,12 @@ def work_of(step: Step, lengths: Integer[np.ndarray, " documents"]) -> Work | No
     Args:
       step: the training step.
       lengths: tokens of each document.
+      devices: that share the step.
     """
     card = gpu_named(jax.local_devices()[0].device_kind)
     if card is None or step.compute.dtype == "float32":
         return None
-    return Work(model_flops_per_token(step, lengths), card.flops)
+    return Work(model_flops_per_token(step, lengths), devices * card.flops)
 
 
 # --- Trackers ---

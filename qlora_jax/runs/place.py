@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from qlora_jax.errors import UsageError
@@ -21,6 +21,43 @@ class Place:
     index: int
 
 
+def place_problems(
+    coordinator: str | None, processes: int | None, process: int | None
+) -> Iterator[str]:
+    """Yields what is wrong with the settings that say which process this is.
+
+    Args:
+      coordinator: as of `connect`, like the others.
+      processes: how many.
+      process: which.
+    """
+    given = {"coordinator": coordinator, "processes": processes, "process": process}
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == 3 or (processes == 1 and not process):
+        return
+    if missing:
+        yield (
+            f"{_listed(given.keys() - set(missing))} given, and {_listed(missing)} "
+            "missing. Several processes need all three: the address of process 0 "
+            '(`coordinator`, "host:port"), how many there are (`processes`), and which '
+            "one this is (`process`, from 0). In a job step of Slurm (srun) leave out "
+            "all three."
+        )
+        return
+    assert coordinator is not None and processes is not None and process is not None
+    if processes < 1 or not 0 <= process < processes:
+        yield (
+            f"`process` must be from 0 to `processes` - 1, got process = {process} "
+            f"with processes = {processes}."
+        )
+    host, port = _split(coordinator)
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        yield (
+            "`coordinator` must be the host and port of process 0, such as "
+            f'"node1:3579", got {coordinator!r}.'
+        )
+
+
 def find_place(
     coordinator: str | None, processes: int | None, process: int | None
 ) -> Place | None:
@@ -34,34 +71,19 @@ def find_place(
     Raises:
       UsageError: incomplete or contradictory settings.
     """
-    given = {"coordinator": coordinator, "processes": processes, "process": process}
-    missing = [name for name, value in given.items() if value is None]
-    if len(missing) == 3:
-        return _slurm_place()
-    if processes == 1 and not process:
+    for problem in place_problems(coordinator, processes, process):
+        raise UsageError(f"mesh: {problem}")
+    if processes == 1:
         return None
-    if missing:
-        raise UsageError(
-            f"mesh: {_listed(given.keys() - set(missing))} given, and "
-            f"{_listed(missing)} missing. Several processes need all three: the "
-            'address of process 0 (`coordinator`, "host:port"), how many there are '
-            "(`processes`), and which one this is (`process`, from 0). In a job step "
-            "of Slurm (srun) leave out all three."
-        )
-    assert coordinator is not None and processes is not None and process is not None
-    if processes < 1 or not 0 <= process < processes:
-        raise UsageError(
-            f"mesh: `process` must be from 0 to `processes` - 1, got process = "
-            f"{process} with processes = {processes}."
-        )
-    host, _, port = coordinator.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
-        raise UsageError(
-            "mesh: `coordinator` must be the host and port of process 0, such as "
-            f'"node1:3579", got {coordinator!r}.'
-        )
+    if coordinator is None or processes is None or process is None:
+        return _slurm_place()
+    host, port = _split(coordinator)
     return Place(host, int(port), processes, process)
+
+
+def _split(coordinator: str) -> tuple[str, str]:
+    host, _, port = coordinator.rpartition(":")
+    return host.removeprefix("[").removesuffix("]"), port
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -194,6 +194,8 @@ def test_the_peak_is_known_by_the_device_kind_and_for_16_bits(monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
     work = metrics.work_of(make_step(), np.array([5]))
     assert work is not None and work.peak_flops == 989e12
+    several = metrics.work_of(make_step(), np.array([5]), devices=8)
+    assert several is not None and several.peak_flops == 8 * 989e12
     assert metrics.work_of(make_step(dtype="float32"), np.array([5])) is None
     Device.device_kind = "NVIDIA H200 NVL"
     assert metrics.work_of(make_step(), np.array([5])) is None
