@@ -61,7 +61,7 @@ def write_run(tmp_path, llama_dir, rows_file):
 @pytest.fixture
 def kill_runs(run_script, tmp_path):
     """Runs the script in `tmp_path`."""
-    return functools.partial(run_script, "kill_runs.py", cwd=tmp_path)
+    return functools.partial(run_script, "kill_runs", cwd=tmp_path)
 
 
 def test_a_chain_is_killed_and_continues(kill_runs, write_run, tmp_path):
@@ -106,6 +106,7 @@ STORMS = {
         ("--kills", "5", "--signal", "TERM", "--fork"),
         {"said how to go on": 2},
     ),
+    "two processes": (12, ("--kills", "1", "--processes", "2"), {}),
     # As many as take minutes: `make fuzz`.
     "every operation": (30, ("--kills", "40", "--calls"), {"while starting": 10}),
     "many forks": (
@@ -113,8 +114,13 @@ STORMS = {
         ("--kills", "50", "--fork"),
         {"while training": 30, "left half a checkpoint": 5},
     ),
+    "two processes, many times": (
+        40,
+        ("--kills", "20", "--processes", "2"),
+        {"while training": 10},
+    ),
 }
-MANY = ("every operation", "many forks")
+MANY = ("every operation", "many forks", "two processes, many times")
 
 
 @pytest.mark.parametrize(
