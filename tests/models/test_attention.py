@@ -161,8 +161,8 @@ def test_auto_is_what_was_measured_to_be_best(monkeypatch):
         used.append(implementation)
         return q
 
-    monkeypatch.setattr(kernels, "measured", lambda q, ids: ids is not None)
-    monkeypatch.setattr(kernels, "refusal", lambda q, interpret: None)
+    monkeypatch.setattr(kernels, "measured", lambda q, ids, _: ids is not None)
+    monkeypatch.setattr(kernels, "refusal", lambda q, **_: None)
     monkeypatch.setattr(kernels, "flash_attention", recorded)
     q, k, v, _ = inputs(12)
     attention(q, k, v)
