@@ -130,7 +130,7 @@ class Job:
 
     def slurm(self) -> None:
         """Trains as a job of Slurm, and kills a process of it."""
-        directory = self.output.parent / "slurm"
+        directory = self.output.parent / "slurm_cluster"
         script = [sys.executable, str(HERE / "slurm.py"), str(directory)]
         cluster = self.start([*script, *self.command()], DEVICES // PROCESSES)
         self.kill_one(cluster)
@@ -208,19 +208,25 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def train_all(
-    ways: list[str], run_file: Path, directory: Path, steps: int, ray_python: Path
-) -> Iterator[tuple[str, Trained]]:
+def train_all(options: argparse.Namespace) -> Iterator[tuple[str, Trained]]:
     """Trains in each way."""
-    for way in ways:
-        output = directory / way
+    directory, run_file = options.directory.resolve(), options.run_file.resolve()
+    directory.mkdir(parents=True, exist_ok=True)
+    # Not resolved: the interpreter of an environment is a link.
+    ray_python = options.ray_python.absolute()
+    for way in dict.fromkeys(["one", *options.ways]):
+        output, starts = directory / way, 1 + (way in ("slurm", "ray"))
+        if options.keep and (output / "report.json").exists():
+            print(f"{way}: kept", file=sys.stderr)
+            yield way, Trained.read(output, starts)
+            continue
         shutil.rmtree(output, ignore_errors=True)
         (directory / f"{way}.log").unlink(missing_ok=True)
         began = time.monotonic()
-        job = Job(run_file, output, steps, ray_python)
+        job = Job(run_file, output, options.steps, ray_python)
         getattr(job, way)()
         print(f"{way}: {time.monotonic() - began:.0f} s", file=sys.stderr)
-        yield way, Trained.read(output, starts=1 + (way in ("slurm", "ray")))
+        yield way, Trained.read(output, starts)
 
 
 def compare(results: Mapping[str, Trained]) -> bool:
@@ -254,15 +260,8 @@ def main() -> None:
     add("--ways", nargs="+", choices=ways, default=list(ways))
     add("--steps", type=int, default=40)
     add("--ray-python", type=Path, default=ROOT / ".venv-ray" / "bin" / "python")
-    options = parser.parse_args()
-    chosen = list(dict.fromkeys(["one", *options.ways]))
-    directory = options.directory.resolve()
-    directory.mkdir(parents=True, exist_ok=True)
-    # Not resolved: the interpreter of an environment is a link.
-    ray_python = options.ray_python.absolute()
-    run_file = options.run_file.resolve()
-    results = dict(train_all(chosen, run_file, directory, options.steps, ray_python))
-    if not compare(results):
+    add("--keep", action="store_true", help="runs that are complete already")
+    if not compare(dict(train_all(parser.parse_args()))):
         sys.exit("the runs differ more than they may")
 
 

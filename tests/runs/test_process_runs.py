@@ -68,6 +68,16 @@ def signal_after(pair: Pair, output: Path, steps: int, number: int) -> None:
     pair.processes[1].send_signal(number)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+    """Keeps the programs of all processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("programs")
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        yield
+
+
 @pytest.fixture(scope="module")
 def run_file(llama_dir, rows_file, tmp_path_factory):
     from qlora_jax.runs.config import MeshConfig

@@ -30,10 +30,10 @@ plot = false
 """
 CHAIN = """
 [checkpoint]
-every = 40
+every = 20
 [eval]
 examples = 4
-every = 150
+every = 60
 at_start = true
 """
 STORM = """
@@ -67,14 +67,14 @@ def kill_runs(run_script, tmp_path):
 def test_a_chain_is_killed_and_continues(kill_runs, write_run, tmp_path):
     starts = {"first": (64, ""), "second": (96, 'adapter_init = "first/adapter"')}
     for name, (length, start) in starts.items():
-        settings = {"steps": 300, "top": f'output_dir = "{name}"', "length": length}
+        settings = {"steps": 120, "top": f'output_dir = "{name}"', "length": length}
         write_run(f"{name}.toml", more=start + CHAIN, **settings)
     command = ("chain", "first.toml", "second.toml", "--output", "chain.json")
     done = kill_runs(*command)
     assert done.returncode == 0, done.stderr
     first, second = json.loads((tmp_path / "chain.json").read_text())
     for row in (first, second):
-        assert row["steps"] == 300 and row["killed_after"] >= 150
+        assert row["steps"] == 120 and row["killed_after"] >= 60
         assert 0 < row["continued_from_step"] <= row["killed_after"]
         assert row["loss_last"] < row["loss_first"]
     assert first["trainable_parameters_before"] is None
