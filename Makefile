@@ -17,7 +17,8 @@ VENV_RAY ?= .venv-ray
 JAX_GPU ?=
 # Test processes. XLA compiles in the main thread, so one process a core pays.
 JOBS ?= 2
-# Given on the command line: MODEL and DATA for the demo, ARGS for pytest or a script.
+# Given on the command line: MODEL and DATA for the demo, RUN for the launchers, ARGS for
+# pytest or a script.
 MODEL ?=
 DATA ?=
 RUN ?= demo_run/run.toml
