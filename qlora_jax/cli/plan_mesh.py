@@ -23,8 +23,8 @@ class MeshOptions:
     """GPUs that divide the rows and repeat the weights; -1 = as many as are left."""
     fsdp: int | Auto = "auto"
     """GPUs that divide rows and weights; auto = as few as the step fits on."""
-    context: int = 1
-    """GPUs that divide the tokens of a row; they repeat the weights."""
+    context: int | Auto = "auto"
+    """GPUs that divide the tokens of a row; auto = 1, if rows are enough for all."""
 
     @property
     def devices(self) -> int:
@@ -61,6 +61,8 @@ def chosen_mesh(
         candidates,
         nodes=total // inside,
         per_node=inside,
+        # As a run does.
+        asked=total > inside,
         **dataclasses.asdict(options),
     )
     return choice, inside

@@ -90,7 +90,7 @@ def choose_mesh(
     per_node: int = 1,
     data: int = -1,
     fsdp: Fsdp = "auto",
-    context: int = 1,
+    context: Fsdp = "auto",
     asked: bool = True,
 ) -> MeshChoice:
     """Chooses the sizes of a mesh that are not fixed.
@@ -103,7 +103,7 @@ def choose_mesh(
       per_node: GPUs of each.
       data: GPUs that repeat the weights; -1 = those that are left.
       fsdp: GPUs that divide them, or "auto".
-      context: GPUs that share a row. 1 leaves it open if `data` and `fsdp` are open.
+      context: GPUs that share a row, or "auto": one, where rows are enough.
       asked: whether the user wants several GPUs. If not, and nothing is fixed, a single
         row stays on one.
 
@@ -112,21 +112,27 @@ def choose_mesh(
         mesh of these GPUs divides; names batch sizes that would do.
     """
     devices, rows = nodes * per_node, step.train.batch_size
-    is_open = data == -1 and fsdp == "auto" and context == 1
+    is_open = data == -1 and fsdp == context == "auto"
     if devices == 1 and is_open:
         return MeshChoice(1, 1, 1, "one GPU.")
     if rows == 1 and is_open and not asked:
         return _one_of(devices)
     if is_open:
         context = _context(rows, nodes, per_node)
+    elif context == "auto":
+        context = _context_beside(rows, nodes, per_node, data, fsdp)
+    is_set = fsdp != "auto"
     data, fsdp, used = _fixed(devices, nodes, data, fsdp, context)
     sharers = used // context
-    _check_rows(rows, sharers)
     if fsdp != "auto":
-        reason = "as set."
+        _check_rows(rows, sharers, f"data {data} x fsdp {fsdp}")
+        reason = "as set"
+        if not is_set:
+            reason = f"data = {data} as set; fsdp is what is left"
         if used < devices:
-            reason = f"as set; {devices - used} of {devices} GPUs are idle."
-        return MeshChoice(data, fsdp, context, reason, devices - used)
+            reason += f"; {devices - used} of {devices} GPUs are idle"
+        return MeshChoice(data, fsdp, context, f"{reason}.", devices - used)
+    _check_rows(rows, sharers, f"{devices} GPUs, of which {context} share a row")
     inside = per_node // math.gcd(per_node, context)
     sizes = [
         size
@@ -182,6 +188,17 @@ def _context_of(rows: int, nodes: int, per_node: int) -> int | None:
     return None if rest or per_node % context else context
 
 
+def _context_beside(rows: int, nodes: int, per_node: int, data: int, fsdp: Fsdp) -> int:
+    """Returns the size of "context" beside a fixed `data` or `fsdp`."""
+    if data != -1 and fsdp != "auto":
+        return 1
+    fixed = data if data > 0 else fsdp
+    if not isinstance(fixed, int) or fixed < 1:
+        return 1
+    context = _context_of(rows, nodes, per_node) or 1
+    return 1 if nodes * per_node // context % fixed else context
+
+
 def _fixed(
     devices: int, nodes: int, data: int, fsdp: Fsdp, context: int
 ) -> tuple[int, Fsdp, int]:
@@ -193,7 +210,8 @@ def _fixed(
     if any(n < 1 for n in sizes) or devices % product:
         raise UserError(
             f"[mesh] {text}: sizes are at least 1 (data also -1, what is left; fsdp "
-            f"also 'auto'), and together they must divide the {devices} GPUs."
+            "and context also 'auto'), and their product must divide the number of "
+            f"GPUs, {devices}."
         )
     if data == -1:
         return (
@@ -211,13 +229,13 @@ def _fixed(
     return data, fsdp, product
 
 
-def _check_rows(rows: int, sharers: int) -> None:
+def _check_rows(rows: int, sharers: int, mesh: str) -> None:
     if rows % sharers:
         above = -(-rows // sharers) * sharers
         below = above - sharers
         raise UserError(
             f"`batch_size`={rows} counts the rows of all GPUs and must be a multiple "
-            f"of {sharers}, the product of data and fsdp. Nearest: "
+            f"of {sharers} ({mesh}). Nearest: "
             + (f"{below} or {above}." if below else f"{above}.")
         )
 

@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from convert import read_json
-from qlora_jax.errors import CheckpointError, say
+from qlora_jax.errors import CheckpointError, UserError, say
 from qlora_jax.runs.checksum import checksum
 from qlora_jax.runs.config import CheckpointConfig
 from qlora_jax.runs.directory import saved_steps
@@ -375,7 +375,7 @@ def disk_errors(directory: Path) -> Iterator[None]:
     """
     try:
         yield
-    except CheckpointError:
+    except UserError:  # of another process, for one
         raise
     except Exception as error:  # tensorstore raises ValueError, Orbax various types
         if isinstance(error, OSError):

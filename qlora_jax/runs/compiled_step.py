@@ -256,6 +256,9 @@ def compile_step(
         if attention == "auto" and plain.packed and whole:
             attention, attention_note = packed_attention(model, check=attention_check)
         sizes = {"data": 1} if devices is None else used_axes(devices.shape)
+        if inputs.held_out is not None:
+            rows = inputs.held_out["tokens"].shape[0]
+            check_mesh(sizes, rows, "eval.batch_size")
         planner = Planner(gpu, mesh=sizes)
         allowed = choose(attention=attention)
         allowed.sort(key=partial(_differs, recorded=recorded or {}))
@@ -286,8 +289,6 @@ def compile_step(
                 return compiled
             held_out = _shapes(inputs.held_out)
             if devices is not None:
-                rows = held_out["tokens"].shape[0]
-                check_mesh(sizes, rows, "eval.batch_size")
                 held_out = shard_batch(held_out, devices)
             arguments = (arguments[0].adapters, arguments[1], held_out)
             return _with_eval(compiled, arguments)
@@ -311,8 +312,14 @@ def _changed_choices(
       report: the same of now.
       drops: whether the adapters have dropout.
     """
+
+    def said(value: Any) -> str:
+        if isinstance(value, Mapping):  # the mesh
+            return " x ".join(f"{axis} {size}" for axis, size in value.items())
+        return str(value)
+
     changes = [
-        f"{name}: {recorded[name]} -> {report[name]}"
+        f"{name}: {said(recorded[name])} -> {said(report[name])}"
         for name in (
             *("remat", "scan_layers", "attention", "kernels", "fusion"),
             "mesh",

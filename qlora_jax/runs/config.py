@@ -318,24 +318,25 @@ class HubConfig:
 class MeshConfig:
     """The `[mesh]` section: the devices of a run, and how they share the work.
 
-    None of it is part of what must be unchanged for a run to continue.
+    All of it may change when a run is continued.
     """
 
     data: int = -1
-    """Parts that the rows are divided into, each with all weights; -1 = as many as
-    there are devices left by the other two."""
+    """Groups of devices that divide the rows and have all weights each; -1 = all
+    devices that `fsdp` and `context` leave."""
     fsdp: int | Auto = "auto"
     """Devices that divide rows and weights; auto = 1 if all weights fit on a device,
     else the smallest number that makes them fit."""
-    context: int = 1
-    """Devices that divide the tokens of each row, for rows too long for one."""
+    context: int | Auto = "auto"
+    """Devices that divide the tokens of each row, for rows too long for one device;
+    auto = 1, or where rows are fewer than devices as many as come to a row."""
     coordinator: str | None = None
-    """Address of process 0, "host:port", where several processes train together and
-    neither Slurm nor Ray has started them."""
+    """Address of process 0, "host:port", if several processes train together. Slurm
+    and Ray need none of this and the next two."""
     processes: int | None = None
-    """How many these are; one for each machine, which has all GPUs of it."""
+    """Number of processes: one on each machine, with all of its GPUs."""
     process: int | None = None
-    """Which of them this is, from 0."""
+    """Index of this process, from 0."""
 
     def __post_init__(self) -> None:
         raise_problems("[mesh]", self._problems(), "mesh: ")
@@ -343,7 +344,7 @@ class MeshConfig:
     @property
     def is_open(self) -> bool:
         """Whether no size is set."""
-        return (self.data, self.fsdp, self.context) == (-1, "auto", 1)
+        return (self.data, self.fsdp, self.context) == (-1, "auto", "auto")
 
     def _problems(self) -> Iterator[str]:
         if self.data < 1 and self.data != -1:
@@ -351,7 +352,7 @@ class MeshConfig:
         for name in ("fsdp", "context"):
             size = getattr(self, name)
             if size != "auto" and size < 1:
-                yield f"`{name}` must be at least 1, got {size}."
+                yield f"`{name}` must be at least 1, or 'auto', got {size}."
         yield from place_problems(self.coordinator, self.processes, self.process)
 
 

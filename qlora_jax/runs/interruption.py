@@ -20,6 +20,7 @@ import os
 import shlex
 import signal
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,21 @@ class RunInterrupted(KeyboardInterrupt):
       signal: "SIGTERM" or "SIGINT".
       step: steps taken.
       steps: steps of the whole run.
-      command: continues the run; so does the same call of `run`.
+      command: continues the run, with the options that say which process this is; so
+        does the same call of `run`.
       status: exit status of a process that a signal ended (143 or 130).
     """
 
-    def __init__(self, name: str, step: int, steps: int, settings: Path):
+    def __init__(
+        self,
+        name: str,
+        step: int,
+        steps: int,
+        settings: Path,
+        options: Sequence[str] = (),
+    ):
         self.signal, self.step, self.steps = name, step, steps
-        self.command = f"qlora-jax train {shlex.quote(str(settings))}"
+        self.command = shlex.join(["qlora-jax", "train", str(settings), *options])
         self.status = 128 + signal.Signals[name]
         super().__init__(
             f"stopped by {name} after step {step} of {steps}; everything is saved. To "

@@ -51,7 +51,8 @@ def place_problems(
             f"with processes = {processes}."
         )
     host, port = _split(coordinator)
-    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+    is_host = re.fullmatch(r"[\w.:%-]+", host)
+    if not is_host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
         yield (
             "`coordinator` must be the host and port of process 0, such as "
             f'"node1:3579", got {coordinator!r}.'
@@ -94,7 +95,7 @@ def _slurm_place() -> Place | None:
     """Returns this task's place in a job step of Slurm with several tasks."""
     # A batch script, or a shell of salloc, is in a job of several tasks without being
     # one of them: the step counts.
-    count = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    count = int(os.environ.get("SLURM_STEP_NUM_TASKS") or "1")
     if count == 1:
         return None
     names = ("SLURM_PROCID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
@@ -106,9 +107,9 @@ def _slurm_place() -> Place | None:
             "`mesh.process`."
         )
     index, nodes, job = (os.environ[name] for name in names)
-    # "node7", "node[3-5,7],other", "node[3,5]-ib"
-    match = re.match(r"([^,\[]*)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", nodes)
-    host = "".join(part or "" for part in match.groups()) if match else nodes
+    # "node7", "node[3-5,7],other", "node[3,5]-ib", "rack[1-2]n[3-4]": of each bracket
+    # the first, and then what comes before a comma.
+    host = re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", nodes).partition(",")[0]
     # Above the ports that Linux gives to connections; steps of a job differ.
     step = int(os.environ.get("SLURM_STEP_ID", "0"))
     return Place(host, 61440 + (int(job) + step) % 4096, count, int(index))

@@ -36,7 +36,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from qlora_jax.errors import UsageError, UserError
+from qlora_jax.errors import UsageError, UserError, say
 from qlora_jax.runs.channel import (
     TRY_AGAIN,
     Channel,
@@ -58,6 +58,8 @@ HEARTBEAT_SECONDS = 60
 _WORK_SECONDS = 3600.0
 # A value that every process has at hand.
 _ANSWER_SECONDS = 300.0
+# In which the others hear that, and why, the processes do not belong together.
+_REFUSAL_SECONDS = 20.0
 # Words of errors of a collective operation that another process did not take part in.
 _COMMUNICATION = re.compile(
     r"gloo|nccl|connection (closed|reset)|broken pipe|coordination service|heartbeat|"
@@ -142,12 +144,12 @@ class Peers:
                     f"{value} on {self.name(*indices)}"
                     for value, indices in by_value.items()
                 )
-                problems.append(f"{name} differ: {values}")
+                problems.append(f"{name}: {values}")
         if problems:
             raise UsageError(
-                f"The {self.count} processes of this run do not have the same: "
+                f"The {self.count} processes of this run differ. "
                 f"{'. '.join(problems)}. Start the same command, with the same "
-                "packages and files, on every host."
+                "packages, files and GPUs, on every host."
             )
 
     @contextlib.contextmanager
@@ -317,7 +319,13 @@ def connect(
         yield Peers()
         return
     began = time.monotonic()
+    say(
+        f"Process {place.index} of {place.count} on {socket.gethostname()}: waiting "
+        f"for the others at {place.host}:{place.port}, at most {timeout:g} s."
+    )
     hub, channel = _open(place, timeout)
+    if place.index:
+        say("All processes are here; process 0 says what the run does.")
     peers = Peers(place, channel)
     interrupted = None
     try:
@@ -368,7 +376,12 @@ def _describe(error: BaseException) -> str:
     if isinstance(error, Exception):
         return f"{type(error).__name__}: {error}. Its output has the traceback."
     # A signal, or an exit. `RunInterrupted` says what is saved.
-    return str(error) or f"exit status {_exit_status(error)}."
+    if str(error):
+        return str(error)
+    status = _exit_status(error)
+    if status - 128 in (signal.SIGINT, signal.SIGTERM):
+        return f"stopped by {signal.Signals(status - 128).name}."
+    return f"exit status {status}."
 
 
 def _open(place: Place, timeout: float) -> tuple[Hub | None, Channel]:
@@ -392,8 +405,13 @@ def _open(place: Place, timeout: float) -> tuple[Hub | None, Channel]:
         ) from error
     hub = Hub(listener, place.count, timeout)
     hub.start()
-    # The hub gives up first, and says why.
-    return hub, Channel(hub.first, hello, limit=timeout + 10, hub=hub)
+    try:
+        # The hub gives up first, and says why.
+        return hub, Channel(hub.first, hello, limit=timeout + 10, hub=hub)
+    except PeerError:
+        # To the others as well, as long as this process lives.
+        hub.join(_REFUSAL_SECONDS)
+        raise
 
 
 def _start_jax(place: Place, timeout: float) -> None:

@@ -52,6 +52,7 @@ from qlora_jax.runs.directory import (
     check_directory,
     finished_report,
     run_lock,
+    saved_steps,
 )
 from qlora_jax.runs.environment import TUNING, environment, versions
 from qlora_jax.runs.evaluation import Evaluation
@@ -119,7 +120,9 @@ def run(
                     check_directory(directory)
                     # Held to the end: no other run writes into it meanwhile.
                     stack.enter_context(run_lock(directory))
-        _check_shared(directory, peers)
+        # What is wrong with it is raised later, with all other problems.
+        if peers.broadcast(not problems, "opening the run directory"):
+            _check_shared(directory, peers)
         prepared = prepare(
             config,
             attention_cls,
@@ -138,9 +141,7 @@ def run(
 
 def _facts_to_share(config: RunConfig) -> dict[str, str]:
     """Returns what has to be the same in all processes of a run."""
-    settings = dataclasses.asdict(config)
-    for name in ("coordinator", "processes", "process"):
-        del settings["mesh"][name]
+    settings = dataclasses.asdict(_of_all_processes(config))
     return {
         **{
             f"`{section}.{name}`": repr(value)
@@ -149,8 +150,17 @@ def _facts_to_share(config: RunConfig) -> dict[str, str]:
             for name, value in values.items()
         },
         "`output_dir`": repr(config.output_dir),
+        "number of devices": str(jax.local_device_count()),
         **{f"versions of {name}": text for name, text in versions().items()},
     }
+
+
+def _of_all_processes(config: RunConfig) -> RunConfig:
+    """Returns the settings without those that say which process this is."""
+    alone = dataclasses.replace(
+        config.mesh, coordinator=None, processes=None, process=None
+    )
+    return dataclasses.replace(config, mesh=alone)
 
 
 def _check_shared(directory: Path, peers: Peers) -> None:
@@ -161,7 +171,8 @@ def _check_shared(directory: Path, peers: Peers) -> None:
     """
     if peers.count == 1:
         return
-    mark = peers.on_first("marking the run directory", lambda: _mark(directory))
+    with disk_errors(directory):
+        mark = peers.on_first("marking the run directory", lambda: _mark(directory))
     seen = (directory / mark).exists()
     blind = [i for i, sees in enumerate(peers.gather(seen, "finding it")) if not sees]
     if peers.is_first:
@@ -280,7 +291,6 @@ def _train(prepared: PreparedRun, began: float, peers: Peers) -> dict[str, Any]:
         mesh=compiled.mesh,
     )
     state, base, fingerprint, tables = _start(prepared, peers)
-    peers.agree({"the base": fingerprint})
     record = run_record(config, fingerprint, data_fingerprint)
     with disk_errors(directory):
         with Checkpoints(
@@ -289,7 +299,7 @@ def _train(prepared: PreparedRun, began: float, peers: Peers) -> dict[str, Any]:
             state, start = continue_run(checkpoints, state, record, steps)
             # Not earlier: a refused run keeps the settings it was started with.
             if peers.is_first:
-                write_text(directory / SETTINGS, to_toml(config))
+                write_text(directory / SETTINGS, to_toml(_of_all_processes(config)))
             rows = peers.on_first(
                 "reading the logs", lambda: read_evaluations(directory, until=start)
             )
@@ -342,7 +352,17 @@ def _train(prepared: PreparedRun, began: float, peers: Peers) -> dict[str, Any]:
             if reason is not None:
                 say(f"The run ends after step {taken} of {steps}: {reason}.")
             elif signal is not None:
-                raise RunInterrupted(signal, taken, steps, directory / SETTINGS)
+                mesh = config.mesh
+                place = {} if mesh.coordinator is None else dataclasses.asdict(mesh)
+                raise RunInterrupted(
+                    *(signal, taken, steps, directory / SETTINGS),
+                    options=[
+                        word
+                        for name in ("coordinator", "processes", "process")
+                        if name in place
+                        for word in (f"--mesh.{name}", str(place[name]))
+                    ],
+                )
         return peers.on_first(
             "writing the report", lambda: _write_report(loop, facts, taken, reason)
         )
@@ -429,13 +449,22 @@ def _start(prepared: PreparedRun, peers: Peers) -> Start:
     config, compiled = prepared.config, prepared.compiled
     init_key, run_key = jax.random.split(jax.random.key(config.train.seed))
     loaded = _load_base(prepared)
+    peers.agree({f"base `{config.model.path}`": loaded.fingerprint})
     lora, base = config.lora, loaded.tree
-    start, fresh = Path(config.output_dir) / START, False
+    start, adapters, fresh = Path(config.output_dir) / START, None, False
     if loaded.initial_adapters is not None:
         adapters = loaded.initial_adapters
     elif lora.changes_base and (start / ADAPTER_CONFIG).is_file():
-        adapters = convert.load_adapter(start, base)[1]
-    else:
+        saved, adapters = convert.load_adapter(start, base)
+        # With a checkpoint the base is compared with that of the run.
+        began = saved_steps(start.parent / CHECKPOINTS)
+        if saved.base_fingerprint not in (None, loaded.fingerprint) and not began:
+            say(
+                f"Note: `{start}` was factored out of another base by a start that "
+                "took no checkpoint; it is made anew."
+            )
+            adapters = None
+    if adapters is None:
         original = None
         if lora.init_lora_weights == "loftq":
             checkpoint = open_checkpoint(prepared.sources.base)
@@ -446,12 +475,16 @@ def _start(prepared: PreparedRun, peers: Peers) -> Start:
     settings = start.with_name(SETTINGS)
     with peers.together("writing the settings"), disk_errors(settings.parent):
         if peers.is_first and not settings.is_file():
-            write_text(settings, to_toml(config))
+            write_text(settings, to_toml(_of_all_processes(config)))
         # Under a plain start: this is the part that is factored out of the base, while
         # `save_adapter` refuses adapters that were trained on the rest.
         if peers.is_first and fresh and lora.changes_base:
             plain = dataclasses.replace(lora, init_lora_weights="default")
-            convert.save_adapter(start, plain, jax.device_get(adapters), base)
+            convert.save_adapter(
+                *(start, plain, jax.device_get(adapters), base),
+                base_fingerprint=loaded.fingerprint,
+                overwrite=True,
+            )
     if lora.changes_base:
         if peers.count > 1:  # the same bits everywhere
             adapters = convert.load_adapter(start, base)[1]

@@ -119,6 +119,8 @@ def test_one_row_stays_on_one_gpu_unless_several_are_asked_for():
         ({"data": 2, "context": 2}, {"data": 2, "fsdp": 16, "context": 2}),
         ({"data": 16, "fsdp": 4}, {"data": 16, "fsdp": 4}),
         ({"context": 2}, {"data": 32, "context": 2}),
+        # Rows are fewer than GPUs: as without `data`.
+        ({"data": 4, "rows": 16}, {"data": 4, "fsdp": 4, "context": 4}),
     ],
 )
 def test_fixed_sizes_are_kept_and_the_others_take_the_rest(fixed, shape):
@@ -134,11 +136,11 @@ def test_fixed_sizes_may_leave_gpus_of_one_node_idle():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"fsdp": 3}, "must divide the 64 GPUs"),
+        ({"fsdp": 3}, "must divide the number of GPUs, 64"),
         ({"data": 0}, "sizes are at least 1"),
-        ({"data": 8, "fsdp": 16}, "must divide the 64 GPUs"),
+        ({"data": 8, "fsdp": 16}, "must divide the number of GPUs, 64"),
         ({"data": 2, "fsdp": 2}, "has all of their GPUs"),
-        ({"rows": 24, "fsdp": 2}, "multiple of 64, the product .* Nearest: 64"),
+        ({"rows": 24, "fsdp": 2}, "multiple of 64 .data 32 x fsdp 2.. Nearest: 64"),
     ],
 )
 def test_fixed_sizes_that_divide_nothing_are_refused(settings, message):

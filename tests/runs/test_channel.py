@@ -210,10 +210,10 @@ def test_facts_that_differ_are_named_with_both_values_on_all(peers):
     assert all(isinstance(error, UsageError) for error in errors)
     assert len({str(error) for error in errors}) == 1
     assert (
-        "data differ: aa on processes 0 (node0) and 1 (node1); cc on process 2 (node2)"
+        "data: aa on processes 0 (node0) and 1 (node1); cc on process 2 (node2)"
         in str(errors[0])
     )
-    assert "base differ: b on processes 0 (node0)" in str(errors[0])
+    assert "base: b on processes 0 (node0)" in str(errors[0])
     assert each(*(lambda p=p: p.agree(facts[0]) for p in peers)) == [None] * 3
 
 

@@ -19,6 +19,7 @@ import optax
 import pytest
 
 from qlora_jax.errors import CheckpointError, UserError
+from qlora_jax.runs.channel import PeerError
 from qlora_jax.runs.checkpoint import Checkpoints, DamagedCheckpointError, disk_errors
 from qlora_jax.runs.config import CheckpointConfig
 from qlora_jax.runs.resume import compare_records, continue_run
@@ -170,6 +171,8 @@ def test_a_disk_that_fills_while_orbax_writes_is_a_checkpoint_error(tmp_path):
         (ValueError("Failed: No space left on device"), CheckpointError, "No space"),
         (ValueError("a defect"), ValueError, "^a defect$"),
         (CheckpointError("mine"), CheckpointError, "^mine$"),
+        # The disk of another process.
+        (PeerError("Process 0: No space left on device"), PeerError, "^Process 0"),
     ],
 )
 def test_errors_of_the_disk_differ_from_defects(tmp_path, raised, expected, message):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,8 +19,8 @@ from tests.runs.mesh_cases import settings
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 STEPS = 12
+NUMBER = "JAX_NUM_CPU_DEVICES"
 ENVIRONMENT = {
-    "JAX_NUM_CPU_DEVICES": "2",
     "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
     "PYTHONPATH": str(ROOT),
 }
@@ -34,7 +35,13 @@ def free_port() -> int:
 class Pair:
     """Two processes of `qlora-jax train`."""
 
-    def __init__(self, file: Path, output: Path, *options: tuple[str, ...]):
+    def __init__(
+        self,
+        file: Path,
+        output: Path,
+        *options: tuple[str, ...],
+        devices: tuple[int, int] = (2, 2),
+    ):
         port = free_port()
         self.processes = [
             subprocess.Popen(
@@ -45,7 +52,7 @@ class Pair:
                     *("--mesh.process", str(index)),
                     *(options[index] if options else ()),
                 ],
-                env=os.environ | ENVIRONMENT,
+                env=os.environ | ENVIRONMENT | {NUMBER: str(devices[index])},
                 stderr=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 text=True,
@@ -117,6 +124,11 @@ def test_a_stopped_and_a_killed_process_change_nothing(run_file, tmp_path):
     statuses, texts = pair.end()
     assert statuses == [143, 143], texts
     assert "everything is saved" in texts[0]
+    # The command that it says is that of each process; the run's settings are of all.
+    for index, text in enumerate(texts):
+        command = text.rstrip().splitlines()[-1]
+        assert command.endswith(f"--mesh.processes 2 --mesh.process {index}")
+    assert "coordinator" not in (broken / "config.toml").read_text()
     stopped = len(read_metrics(broken))
     assert 2 <= stopped < STEPS
 
@@ -141,3 +153,23 @@ def test_processes_with_other_settings_end_before_anything_is_written(
     for text in texts:
         assert "learning_rate" in text and "0.5" in text and "Traceback" not in text
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "devices", "status", "message"),
+    [
+        ("rows.jsonl", (2, 2), 1, "The output directory .* is a file"),
+        ("rows.jsonl/run", (2, 2), 1, "The output directory .* is a file"),
+        ("run", (2, 1), 2, r"number of devices: 2 on process 0 \(.*; 1 on process 1"),
+    ],
+)
+def test_what_cannot_be_ends_both_with_its_reason(
+    run_file, tmp_path, output, devices, status, message
+):
+    (tmp_path / "rows.jsonl").touch()
+    pair = Pair(run_file, tmp_path / output, devices=devices)
+    statuses, texts = pair.end()
+    assert statuses == [status, status], texts
+    for text in texts:
+        assert re.search(message, text) and "Traceback" not in text, text
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]

@@ -27,6 +27,7 @@ from qlora_jax.runs.processes import connect, stop_flags
 PROGRAM = Path(__file__).with_name("process_program.py")
 # A run takes some, on a busy machine; after these it hangs.
 SECONDS = 60
+HERE = "All processes are here; process 0 says what the run does."
 LOST = r"{} \(\S+\) was lost: it ended without a word"
 
 
@@ -75,7 +76,7 @@ def run():
             "differ",
             2,
             [2, 2],
-            [r"data differ: a on process 0 \(.*; b on process 1"] * 2,
+            [r"data: a on process 0 \(.*; b on process 1"] * 2,
         ),
         (
             *("no_data", 2, [1, 1]),
@@ -109,6 +110,9 @@ def test_what_ends_one_process_ends_all_with_one_message(
         assert re.search(message, error, re.M), error
         # What gloo prints, and devices of all processes.
         lines = [line for line in error.splitlines() if "Gloo" not in line]
+        assert lines.pop(0).startswith(f"Process {index} of {count} on ")
+        if index:
+            assert lines.pop(0) == HERE
         assert lines[0] == f"devices {2 * count}, 2 here"
         culprit = case.startswith("defect") and index == 0
         assert ("Traceback" in error) == culprit, error
@@ -170,6 +174,8 @@ def test_a_process_that_never_comes_is_named_after_the_limit(process):
         (("a", 2, 0), "host and port of process 0"),
         (("a:99999", 2, 0), "host and port of process 0"),
         ((":99", 2, 0), "host and port of process 0"),
+        (("http://n:99", 2, 0), "host and port of process 0"),
+        ((" :99", 2, 0), "host and port of process 0"),
     ],
 )
 def test_settings_that_do_not_say_which_process_this_is(settings, message):
@@ -189,6 +195,7 @@ def test_settings_say_which_process_this_is():
         ("node7,other", "node7"),
         ("node[003-5,7],other", "node003"),
         ("node[3,5]-ib", "node3-ib"),
+        ("rack[1-2]n[3-4]", "rack1n3"),
     ],
 )
 def test_slurm_says_which_process_this_is(monkeypatch, nodes, host):

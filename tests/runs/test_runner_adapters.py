@@ -33,7 +33,7 @@ from qlora_jax.runs.loading import load
 from qlora_jax.runs.prepare import _with_initial_adapter
 from qlora_jax.runs.runner import run
 from qlora_jax.runs.sources import find_sources
-from qlora_jax.runs.toml import read_config
+from qlora_jax.runs.toml import read_config, to_toml
 from qlora_jax.training.config import ParameterGroup
 from tests.runs.directories import weights
 
@@ -213,11 +213,37 @@ def test_what_pissa_factors_out_is_kept(
     lora, _ = open_adapter(tmp_path / "run" / "initial_adapter")
     assert lora.r == 4 and open_adapter(tmp_path / "run" / "adapter")[0].r == 8
 
+    expected = weights(straight("pissa").directory)
     monkeypatch.setattr(runner, "init_adapters", pytest.fail)  # decomposed again
     capsys.readouterr()
     run(make(tmp_path / "run", KINDS["pissa"], steps=4))
     assert "another adapter" not in capsys.readouterr().err
-    assert weights(tmp_path / "run") == weights(straight("pissa").directory)
+    assert weights(tmp_path / "run") == expected
+
+
+def test_what_was_factored_out_of_another_base_is_made_anew(
+    make, straight, llama_dir, tmp_path, capsys
+):
+    other = tmp_path / "other"
+    shutil.copytree(llama_dir, other)
+    tensors = safetensors.numpy.load_file(other / "model.safetensors")
+    safetensors.numpy.save_file(
+        {name: tensor * 1.5 for name, tensor in tensors.items()},
+        other / "model.safetensors",
+    )
+    directory = tmp_path / "run"
+    run(make(directory, KINDS["pissa"], model={"path": str(other)}, steps=4))
+    config = make(directory, KINDS["pissa"], steps=4)
+    # As a start leaves it that ends before its first checkpoint.
+    for path in directory.iterdir():
+        if path.name == "initial_adapter":
+            continue
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (directory / "config.toml").write_text(to_toml(config))
+    capsys.readouterr()
+    run(config)
+    assert "was factored out of another base" in capsys.readouterr().err
+    assert weights(directory) == weights(straight("pissa").directory)
 
 
 def test_pissa_starts_as_the_base(make, tmp_path, plain):
