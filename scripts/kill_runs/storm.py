@@ -47,8 +47,14 @@ def compare_runs(directories: Sequence[Path]) -> tuple[int, list[str]]:
     for directory in directories:
         paths = (directory / CHECKPOINTS).glob("step_*")
         newest = max(paths, key=lambda path: int(path.name.removeprefix("step_")))
+        path = newest.resolve() / "state"
         with ocp.StandardCheckpointer() as checkpointer:
-            state = checkpointer.restore(newest.resolve() / "state")
+            # Whole and on the host, whatever devices they were on.
+            metadata: Any = checkpointer.metadata(path)
+            tree = getattr(metadata, "item_metadata", metadata)
+            tree = getattr(tree, "tree", tree)
+            arrays = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), tree)
+            state = checkpointer.restore(path, arrays)
         states.append(jax.tree_util.tree_leaves_with_path(state))
     for (path, a), (other_path, b) in zip(*states, strict=True):
         if path != other_path or not np.array_equal(np.asarray(a), np.asarray(b)):
