@@ -27,7 +27,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -166,6 +166,8 @@ class Channel:
         self._leaving, self._closed = threading.Lock(), threading.Event()
         self.stop: Stop | None = None
         """Why all processes must end, once one has."""
+        self.cleanups: list[Callable[[], None]] = []
+        """Called before this process ends without unwinding."""
         connection.settimeout(limit)
         self._send({"kind": "hello", "version": __version__, **hello})
         answer = self._read()
@@ -263,6 +265,9 @@ class Channel:
             time.sleep(_LEAVE_SECONDS)  # another thread is at it
         if text is not None:
             say(text)
+        for cleanup in self.cleanups:
+            with contextlib.suppress(OSError):
+                cleanup()
         self.wait_for_others()
         leave_at_once(status)
 

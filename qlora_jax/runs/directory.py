@@ -291,15 +291,26 @@ def _check_not_lost(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def run_lock(directory: Path) -> Iterator[None]:
+def run_lock(directory: Path) -> Iterator[Callable[[], None]]:
     """Makes the run directory and keeps other processes from training in it.
 
     A start that fails before anything was written leaves no empty directory behind.
+
+    Yields:
+      A function that removes what was made, as far as it is empty: for a process that
+      ends without leaving the block.
 
     Raises:
       UserError: the directory cannot be made, or another process holds the lock.
     """
     created = [path for path in (directory, *directory.parents) if not path.exists()]
+
+    def remove() -> None:
+        with contextlib.suppress(OSError):  # directories with content remain
+            # From the innermost outwards; the first that has content ends it.
+            for path in created:
+                path.rmdir()
+
     try:
         directory.mkdir(parents=True, exist_ok=True)
         # The lock is on the directory itself: no lock file that could be left behind.
@@ -321,13 +332,10 @@ def run_lock(directory: Path) -> Iterator[None]:
                 ) from None
         # Half-written files and adapters of a process that was killed.
         remove_leftovers(directory)
-        yield
+        yield remove
     finally:
         os.close(handle)
-        with contextlib.suppress(OSError):  # directories with content remain
-            # From the innermost outwards; the first that has content ends it.
-            for path in created:
-                path.rmdir()
+        remove()
 
 
 def finished_report(directory: Path, start: int, steps: int) -> dict[str, Any] | None:

@@ -255,6 +255,11 @@ class Peers:
             "run continues from its newest checkpoint when all are started again.",
         )
 
+    def before_leaving(self, cleanup: Callable[[], None]) -> None:
+        """Has a function called if this process ends without unwinding."""
+        if self._channel is not None:
+            self._channel.cleanups.append(cleanup)
+
     def leave(self, status: int, text: str) -> NoReturn:
         """Ends this process at once, and all others with the same status.
 

@@ -119,7 +119,8 @@ def run(
                 with problems.collecting():
                     check_directory(directory)
                     # Held to the end: no other run writes into it meanwhile.
-                    stack.enter_context(run_lock(directory))
+                    remove = stack.enter_context(run_lock(directory))
+                    peers.before_leaving(remove)
         # What is wrong with it is raised later, with all other problems.
         if peers.broadcast(not problems, "opening the run directory"):
             _check_shared(directory, peers)

@@ -4,6 +4,7 @@ Threads of this process stand for the processes.
 """
 
 import socket
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,6 +12,7 @@ import pytest
 
 from qlora_jax.errors import UsageError, UserError
 from qlora_jax.runs.channel import Channel, PeerError, list_processes, reach
+from qlora_jax.runs.directory import run_lock
 from qlora_jax.runs.hub import Hub, listen
 from qlora_jax.runs.place import Place
 from qlora_jax.runs.processes import Peers
@@ -180,6 +182,19 @@ def test_who_dies_is_named_once_for_all_that_die_together(peers, channels):
         peers[0].gather(1)
     stop = peers[0].explain(ValueError("gloo: connection closed by peer"), 7)
     assert stop.status == 75 and stop.text.startswith("Step 7: Processes 1")
+
+
+def test_what_ends_without_unwinding_is_cleaned_up_after(
+    peers, channels, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("qlora_jax.runs.channel.leave_at_once", sys.exit)
+    made = tmp_path / "new" / "run"
+    with run_lock(made) as remove:
+        peers[1].before_leaving(remove)
+        with pytest.raises(SystemExit):
+            channels[1].leave(75, None)
+        assert not made.parent.exists()
+    Peers().before_leaving(pytest.fail)  # a single process unwinds
 
 
 def test_the_reason_of_the_first_that_ends_reaches_the_others(peers, channels):
