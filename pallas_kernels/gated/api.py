@@ -7,6 +7,7 @@ memory alone.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -62,18 +63,18 @@ def gated_activation(
         )
     chosen = _choose(gate_up, (a.shape[0],), implementation, divided)
 
-    def activate(gate_up: Array, a: Array) -> tuple[tuple[Array, ...], tuple]:
-        if chosen == "xla":
-            results = reference.forward(_rows(gate_up), a)
-        else:
-            from pallas_kernels.gated import gpu
+    if chosen == "xla":
+        # The compiler divides it.
+        forward, divided = reference.forward, None
+    else:
+        from pallas_kernels.gated import gpu
 
-            interpret = _interpreter(chosen)
-            results = gpu.forward(_rows(gate_up), a, interpret=interpret)
+        forward = partial(gpu.forward, interpret=_interpreter(chosen))
+
+    def activate(gate_up: Array, a: Array) -> tuple[tuple[Array, ...], tuple]:
+        results = forward(_rows(gate_up), a)
         return tuple(v.reshape(*gate_up.shape[:-1], -1) for v in results), ()
 
-    # Plain XLA is divided by the compiler.
-    divided = None if chosen == "xla" else divided
     (h, inner), _ = by_rows(activate, divided, (gate_up,), (a,))
     return h, inner
 
@@ -112,19 +113,19 @@ def gated_gradients(
     ranks = tuple(each.shape[-1] for each in z)
     chosen = _choose(gate_up, ranks, implementation, divided)
 
+    if chosen == "xla":
+        backward, divided = reference.backward, None
+    else:
+        from pallas_kernels.gated import gpu
+
+        backward = partial(gpu.backward, interpret=_interpreter(chosen))
+
     def derive(gate_up: Array, dh: Array, *z: Array) -> tuple[Array, Any]:
         first, second, third = map(_rows, z)
         arrays = (_rows(gate_up), _rows(dh), (first, second, third))
-        if chosen == "xla":
-            dgate_up, products = reference.backward(*arrays)
-        else:
-            from pallas_kernels.gated import gpu
-
-            interpret = _interpreter(chosen)
-            dgate_up, products = gpu.backward(*arrays, interpret=interpret)
+        dgate_up, products = backward(*arrays)
         return dgate_up.reshape(gate_up.shape), products
 
-    divided = None if chosen == "xla" else divided
     return by_rows(derive, divided, (gate_up, dh, *z))
 
 

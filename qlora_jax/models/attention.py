@@ -37,8 +37,8 @@ from pallas_kernels.attention.variant import PLAIN, Variant
 from pallas_kernels.attention.xla import blockwise_attention
 from pallas_kernels.product import precision
 from qlora_jax.errors import UserError
-from qlora_jax.models.context import AXIS, row_axes
-from qlora_jax.models.sharding import divided_rows, row_devices
+from qlora_jax.models.context import AXIS
+from qlora_jax.models.sharding import divided_rows, row_axes, row_devices
 
 # Large and negative but finite: with -inf a row that sees nothing would be NaN.
 _MASKED = -1e30

@@ -25,15 +25,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from pallas_kernels.attention.context import chunk_order
-from qlora_jax.models.sharding import ROWS, row_devices
+from qlora_jax.models.sharding import row_axes, row_devices
 
 AXIS = "context"
-
-
-def row_axes() -> tuple[str, ...]:
-    """Returns the axes of the mesh that divide the rows of a batch."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return tuple(name for name in ROWS if name in mesh.shape)
 
 
 def divide_tokens(x: Any, fill: int = 0) -> Any:

@@ -402,6 +402,12 @@ def row_devices() -> int:
     return jax.sharding.get_abstract_mesh().shape.get("context", 1)
 
 
+def row_axes() -> tuple[str, ...]:
+    """Returns the axes of the mesh of the trace that divide the rows of a batch."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(name for name in ROWS if name in mesh.shape)
+
+
 def divided_rows(x: Array) -> Divided | None:
     """Returns how the devices of the mesh of the trace divide an array [B, T, ...].
 
@@ -411,7 +417,7 @@ def divided_rows(x: Array) -> Divided | None:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return None
-    axes = tuple(name for name in ROWS if name in mesh.shape)
+    axes = row_axes()
     if x.shape[0] % math.prod(mesh.shape[name] for name in axes):
         axes = ()
     return axes, ("context",) if row_devices() > 1 else ()

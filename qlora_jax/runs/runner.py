@@ -42,7 +42,7 @@ from qlora_jax.models import (
 from qlora_jax.nf4 import NF4Tensor, fingerprint_tree
 from qlora_jax.runs.adapter_writer import AdapterWriter, adapter_files
 from qlora_jax.runs.checkpoint import Checkpoints, disk_errors
-from qlora_jax.runs.config import RunConfig
+from qlora_jax.runs.config import MeshConfig, RunConfig
 from qlora_jax.runs.directory import (
     ADAPTER,
     CHECKPOINTS,
@@ -154,6 +154,15 @@ def _facts_to_share(config: RunConfig) -> dict[str, str]:
         "number of devices": str(jax.local_device_count()),
         **{f"versions of {name}": text for name, text in versions().items()},
     }
+
+
+def _process_options(mesh: MeshConfig) -> list[str]:
+    """Returns the options that say which process this is; empty if none were given."""
+    if mesh.coordinator is None:
+        return []
+    options = ["--mesh.coordinator", mesh.coordinator]
+    options += ["--mesh.processes", str(mesh.processes)]
+    return [*options, "--mesh.process", str(mesh.process)]
 
 
 def _of_all_processes(config: RunConfig) -> RunConfig:
@@ -353,17 +362,9 @@ def _train(prepared: PreparedRun, began: float, peers: Peers) -> dict[str, Any]:
             if reason is not None:
                 say(f"The run ends after step {taken} of {steps}: {reason}.")
             elif signal is not None:
-                mesh = config.mesh
-                place = {} if mesh.coordinator is None else dataclasses.asdict(mesh)
-                raise RunInterrupted(
-                    *(signal, taken, steps, directory / SETTINGS),
-                    options=[
-                        word
-                        for name in ("coordinator", "processes", "process")
-                        if name in place
-                        for word in (f"--mesh.{name}", str(place[name]))
-                    ],
-                )
+                options = _process_options(config.mesh)
+                settings = directory / SETTINGS
+                raise RunInterrupted(signal, taken, steps, settings, options)
         return peers.on_first(
             "writing the report", lambda: _write_report(loop, facts, taken, reason)
         )

@@ -21,8 +21,7 @@ from qlora_jax.errors import UserError
 from qlora_jax.runs.directory import REPORT, STARTED
 from qlora_jax.runs.rows import read_evaluations, read_metrics
 from qlora_jax.runs.toml import read_config
-
-QLORA_JAX = (sys.executable, "-m", "qlora_jax.cli")
+from scripts.kill_runs.processes import QLORA_JAX
 
 
 def train_in_chain(

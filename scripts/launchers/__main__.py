@@ -88,20 +88,18 @@ class Job:
             *("--log.plot", "False"),
         ]
 
-    def command(self, python: str | Path = sys.executable) -> list[str]:
+    def command(self) -> list[str]:
         """The command that trains."""
-        program = [str(python), "-m", "qlora_jax.cli", "train", str(self.run_file)]
+        program = [sys.executable, "-m", "qlora_jax.cli", "train", str(self.run_file)]
         return program + self.options
 
-    def start(
-        self, command: list[str], devices: int, **variables: str
-    ) -> subprocess.Popen:
+    def start(self, command: list[str], devices: int) -> subprocess.Popen:
         """Starts a program with so many devices, in the directory of the run file."""
         log = (self.output.parent / f"{self.output.name}.log").open("a")
         return subprocess.Popen(
             command,
             cwd=self.run_file.parent,
-            env=environment(devices) | variables,
+            env=environment(devices),
             stdout=log,
             stderr=log,
         )
